@@ -1,0 +1,31 @@
+"""The error tree of the laboratory.
+
+::
+
+    InferenceError
+    ├── UnsupportedPixels   this picture cannot be decoded or analysed      not retryable
+    └── ModelUnavailable    a bundle is missing, damaged or does not fit    retryable, an operator can mend it
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class InferenceError(Exception):
+    """Base of all errors of the laboratory; the message names the cause and the remedy."""
+
+    retryable: ClassVar[bool] = False
+    """Whether running the same job again can succeed without a change of the picture."""
+
+
+class UnsupportedPixels(InferenceError):  # noqa: N818 - named for what it is, as in the architecture's error tree
+    """The pixel data cannot be decoded or analysed: no decoder, damaged, or beyond a limit."""
+
+    retryable: ClassVar[bool] = False
+
+
+class ModelUnavailable(InferenceError):  # noqa: N818 - as above
+    """A model bundle cannot be used now: missing, damaged, of another digest, or not fitting its architecture."""
+
+    retryable: ClassVar[bool] = True
