@@ -1,0 +1,69 @@
+"""The error tree. The class carries the number that both doors answer with; no ladder of ``isinstance`` anywhere.
+
+::
+
+    StorageError
+    ├── InvalidInstance          framing, UID, geometry or limits     0xC000  no retry
+    ├── MismatchedInstance       not what the command or path said    0xA900  no retry
+    ├── UnsupportedInstance      SOP class or transfer syntax         0x0122  no retry
+    ├── ConflictingInstance      same UID, other content              0x0111  no retry
+    ├── InstanceNotFound         no such instance                     0x0112  no retry
+    ├── Unavailable              store, database or disk              0xA700  retry
+    └── IntegrityError           tag, digest or chain mismatch        0x0110  no retry, alarm
+
+References
+----------
+DICOM PS3.4 Table B.2-1, PS3.7 Annex C, PS3.18 Table I.2-2
+"""
+
+from __future__ import annotations
+
+
+class StorageError(Exception):
+    """An operation of the archive failed; the message names cause and remedy and holds no patient data."""
+
+    failure_reason = 0x0110  # Processing failure
+    retryable = False
+
+
+class InvalidInstance(StorageError):
+    """The bytes are no complete, well-framed data set, or exceed a configured limit."""
+
+    failure_reason = 0xC000  # Error: Cannot understand
+
+
+class MismatchedInstance(StorageError):
+    """The data set is not the one that the command set, the context or the URL path announced."""
+
+    failure_reason = 0xA900  # Error: Data Set does not match SOP Class
+
+
+class UnsupportedInstance(StorageError):
+    """The SOP class or the transfer syntax is not accepted by this configuration."""
+
+    failure_reason = 0x0122  # Refused: SOP Class not supported
+
+
+class ConflictingInstance(StorageError):
+    """An instance of the same SOP Instance UID and other content is archived; this one is in quarantine."""
+
+    failure_reason = 0x0111  # Duplicate SOP Instance
+
+
+class InstanceNotFound(StorageError):
+    """No such study, series or instance."""
+
+    failure_reason = 0x0112  # No such SOP Instance
+
+
+class Unavailable(StorageError):
+    """Store, database or disk cannot take or give bytes now; nothing was lost, try again later."""
+
+    failure_reason = 0xA700  # Refused: Out of resources
+    retryable = True
+
+
+class IntegrityError(StorageError):
+    """Stored bytes are not what was stored: authentication tag, digest or chain mismatch."""
+
+    failure_reason = 0x0110  # Processing failure
