@@ -1,0 +1,451 @@
+"""Settings: conf/node.toml, then ``DICOM_NODE_<SECTION>__<KEY>`` of the environment, then secret files.
+
+Every fault is reported at once, each with its key path and its remedy. Nothing outside this package sees these classes:
+``node.build`` hands each part what it needs by keyword.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+ENVIRONMENT_PREFIX = "DICOM_NODE_"
+ALIASES: Mapping[str, tuple[str, str]] = {"DICOM_AET": ("dimse", "ae_title"), "DICOM_PORT": ("dimse", "port")}
+
+# PS3.5 Section 6.2, VR AE: no backslash, no control characters, not only spaces.
+AETitle = Annotated[
+    str, StringConstraints(min_length=1, max_length=16, pattern=r"^[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]*[\x21-\x5b\x5d-\x7e])?$")
+]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+ReportKind = Literal["sr", "seg"]
+
+
+class ConfigurationError(Exception):
+    """The configuration cannot be used. ``faults``: one line a fault, each with key path and remedy."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class Section(BaseModel):
+    """A table of the configuration: frozen, unknown keys refused (a typo in a security option must not pass)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NodeSection(Section):
+    """The installation as a whole."""
+
+    data_dir: Path = Field(Path("var"), description="Folder for landing area, objects, index and key ring; must be durable storage.")
+    profile: Literal["dermatology"] = Field("dermatology", description="Which analyses run, and in which order.")
+    drain_s: float = Field(20.0, ge=0, description="On stop: seconds given to open associations, requests and jobs before they are cut.")
+
+
+class DimseSection(Section):
+    """The DIMSE door (C-ECHO, C-STORE)."""
+
+    enabled: bool = Field(default=True, description="Listen for DICOM associations.")
+    ae_title: AETitle = Field("DERM_NODE", description="Our AE title; associations called otherwise are rejected.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback needs at least one peer.")
+    port: Port = Field(11112, description="TCP port.")
+    maximum_associations: int = Field(200, ge=1, description="Open associations at once; more are rejected as transient.")
+    accept_unknown_peers: Literal["loopback", "never"] = Field(
+        "loopback", description="Whether senders that are no peer below may store: only while we listen on loopback, or never."
+    )
+    unknown_sop_classes: bool = Field(default=False, description="Also accept private and unknown storage SOP classes.")
+    idle_s: float = Field(60.0, gt=0, description="An association without a byte for this long is aborted.")
+
+
+class DicomwebSection(Section):
+    """The HTTP door (STOW-RS, WADO-RS, QIDO-RS)."""
+
+    enabled: bool = Field(default=True, description="Listen for DICOMweb.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback needs trusted_proxy.")
+    port: Port = Field(8080, description="TCP port.")
+    base_path: str = Field("/dicomweb", pattern=r"^(/[A-Za-z0-9._-]+)*$", description="Path before /studies.")
+    public_url: str = Field("", description="Base of URLs we hand out, when clients reach us by another name; empty: the request's Host.")
+    trusted_proxy: bool = Field(
+        default=False, description="true: a proxy that terminates TLS and authenticates stands in front; its X-Forwarded-* are believed."
+    )
+    cors_origins: tuple[str, ...] = Field((), description="Origins of browsers' viewers that may call us; empty: none.")
+    threads: int = Field(8, ge=1, le=64, description="Requests that touch the archive at once.")
+
+
+class AdminSection(Section):
+    """Metrics and health, on an address of their own."""
+
+    enabled: bool = Field(default=True, description="Serve /metrics, /healthz and /readyz.")
+    host: str = Field("127.0.0.1", description="Address to listen on; these pages hold no patient data and need no login.")
+    port: Port = Field(8081, description="TCP port.")
+
+
+class ArchiveSection(Section):
+    """Where sealed objects live, and what Success means."""
+
+    store: Literal["directory", "s3"] = Field("directory", description="Local folder, or an S3 bucket.")
+    acknowledge: Literal["land", "archive"] = Field(
+        "land",
+        description="Success after: land = flushed on this node's disk; archive = in the store, digest confirmed. s3 needs archive.",
+    )
+    on_conflict: Literal["quarantine", "refuse", "version"] = Field(
+        "quarantine",
+        description="Same SOP Instance UID, other content: the first stays; the second is put aside, refused, or kept as a version.",
+    )
+    min_free_bytes: int = Field(512 * 1024**2, ge=0, description="Below this much free disk, instances are refused as out of resources.")
+    bucket: str = Field("", description="s3: the bucket, made beforehand.")
+    prefix: str = Field("", description="s3: put before every object key.")
+    endpoint_url: str = Field("", description="s3: for stores other than AWS.")
+    region: str = Field("", description="s3: region name; empty: the standard chain decides.")
+    path_style: bool = Field(default=True, description="s3: bucket in the path, not in the host name.")
+
+
+class LimitsSection(Section):
+    """Hard limits on what a peer may send, and on what is decoded."""
+
+    object_bytes: int = Field(2 * 1024**3, ge=1024, description="Largest data set.")
+    depth: int = Field(64, ge=1, description="Deepest nesting of sequences.")
+    elements: int = Field(1_000_000, ge=1, description="Most elements in one data set.")
+    inflate_ratio: int = Field(200, ge=1, description="Deflated transfer syntax: most bytes out for a byte in.")
+    inflate_bytes: int = Field(2 * 1024**3, ge=1024, description="Deflated transfer syntax: most bytes out.")
+    parts: int = Field(10_000, ge=1, description="Most parts in one STOW-RS request.")
+    pixels: int = Field(400_000_000, ge=1, description="Most pixels (rows x columns x frames) decoded for one analysis.")
+    frames: int = Field(16, ge=1, description="Most frames of one instance analysed; the report says when it had more.")
+
+
+class KeysSection(Section):
+    """The key-encryption keys."""
+
+    ring: Literal["file"] = Field("file", description="Where key-encryption keys live.")
+    file: Path | None = Field(
+        None, description="The ring file; empty: keys/ring.json in data_dir. Keep a copy elsewhere: without it nothing can be read."
+    )
+
+
+class DatabaseSection(Section):
+    """Index, queue and audit trail."""
+
+    url: str = Field("", description="Empty: the embedded encrypted database in data_dir.")
+
+    @field_validator("url")
+    @classmethod
+    def _embedded_only(cls, value: str) -> str:
+        if value:
+            raise ValueError("only the embedded database is supported in this release; leave it empty")
+        return value
+
+
+class InferenceSection(Section):
+    """The laboratory."""
+
+    enabled: bool = Field(default=True, description="Analyse what arrives.")
+    workers: int = Field(1, ge=1, le=64, description="Worker processes.")
+    threads: int = Field(0, ge=0, description="Threads of the network in each worker; 0: as many as processors, shared among the workers.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where networks run; auto: cuda when present.")
+    bundles: tuple[str, ...] = Field(
+        (),
+        description="Folders of model bundles, each optionally pinned as folder@sha256:digest; "
+        "a later one replaces an earlier one of the same task. Empty: the shipped ones.",
+    )
+
+
+class ReportsSection(Section):
+    """How findings are written as DICOM."""
+
+    private_scheme: str = Field("99DERMNODE", pattern=r"^99[A-Z0-9_]{1,14}$", description="Coding scheme designator of our own codes.")
+    icd11_scheme: str = Field("99ICD11", pattern=r"^[A-Z0-9_]{1,16}$", description="Coding scheme designator for ICD-11 MMS.")
+    icd11_release: str = Field("2025-01", description="ICD-11 MMS release named as the scheme's version.")
+
+
+class DeliverySection(Section):
+    """Reports on their way out."""
+
+    enabled: bool = Field(default=True, description="Send reports to peers.")
+    attempts: int = Field(60, ge=1, description="Tries of one report at one peer before it waits for `dicom-node requeue`.")
+    first_delay_s: float = Field(5.0, gt=0, description="Wait after the first failed try; doubles with each.")
+    longest_delay_s: float = Field(3600.0, gt=0, description="Longest wait between tries.")
+    timeout_s: float = Field(30.0, gt=0, description="Seconds a peer may take to answer.")
+
+
+class LoggingSection(Section):
+    """Application logs; they never hold patient attributes."""
+
+    format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else JSON lines.")
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level written.")
+
+
+class PeerSection(Section):
+    """One DICOM application entity we talk with."""
+
+    name: Name = Field(description="How routes, logs and the command line call it.")
+    ae_title: AETitle = Field(description="Its AE title.")
+    host: str = Field(
+        "*", description="Its address or host name; * accepts its AE title from anywhere (then nothing can be delivered to it)."
+    )
+    port: Port = Field(0, description="Its port; 0: it is never called.")
+    accept: bool = Field(default=True, description="It may store here.")
+    deliver: tuple[ReportKind, ...] = Field(("sr", "seg"), description="What it is sent of our results.")
+
+
+class RouteSection(Section):
+    """Where reports go. Without a route: back to the sender, if it is a peer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    from_: str = Field("*", alias="from", description="Name of the sending peer; dicomweb for the HTTP door; * for any.")
+    to: tuple[str, ...] = Field(description="Names of peers.")
+
+
+class Settings(Section):
+    """The whole configuration."""
+
+    node: NodeSection = NodeSection()
+    dimse: DimseSection = DimseSection()
+    dicomweb: DicomwebSection = DicomwebSection()
+    admin: AdminSection = AdminSection()
+    archive: ArchiveSection = ArchiveSection()
+    limits: LimitsSection = LimitsSection()
+    keys: KeysSection = KeysSection()
+    database: DatabaseSection = DatabaseSection()
+    inference: InferenceSection = InferenceSection()
+    reports: ReportsSection = ReportsSection()
+    delivery: DeliverySection = DeliverySection()
+    logging: LoggingSection = LoggingSection()
+    peers: tuple[PeerSection, ...] = ()
+    routes: tuple[RouteSection, ...] = ()
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Settings:
+        faults = list(_incoherences(self))
+        if faults:
+            raise ConfigurationError(faults)
+        return self
+
+    @property
+    def ring_file(self) -> Path:
+        """Where the key ring lies."""
+        return self.keys.file or self.node.data_dir / "keys" / "ring.json"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _incoherences(settings: Settings) -> list[str]:
+    faults: list[str] = []
+    names = [peer.name for peer in settings.peers]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        faults.append(f"peers: the name {name!r} stands twice; give each peer a name of its own")
+    for name in sorted(set(names) & {"dicomweb", "node"}):
+        faults.append(f"peers: the name {name!r} is reserved; choose another")
+    titles = [(peer.ae_title, peer.host) for peer in settings.peers if peer.accept]
+    for title, host in sorted({title for title in titles if titles.count(title) > 1}):
+        faults.append(f"peers: AE title {title!r} at {host!r} stands twice with accept = true; a sender must be one peer")
+    if settings.dimse.enabled and not _is_loopback(settings.dimse.host) and not any(peer.accept for peer in settings.peers):
+        faults.append(
+            f"dimse.host: {settings.dimse.host} is reachable from elsewhere but no peer may store; "
+            "add a [[peers]] entry for each sender, or listen on 127.0.0.1"
+        )
+    if settings.dicomweb.enabled and not _is_loopback(settings.dicomweb.host) and not settings.dicomweb.trusted_proxy:
+        faults.append(
+            f"dicomweb.host: {settings.dicomweb.host} is reachable from elsewhere and this release has no login of its own; "
+            "put an authenticating TLS proxy in front and set dicomweb.trusted_proxy = true, or listen on 127.0.0.1"
+        )
+    for index, route in enumerate(settings.routes):
+        if route.from_ not in {"*", "dicomweb", *names}:
+            faults.append(f"routes.{index}.from: no peer is called {route.from_!r}; known: {', '.join(names) or 'none'}, dicomweb, *")
+        for target in route.to:
+            peer = next((peer for peer in settings.peers if peer.name == target), None)
+            if peer is None:
+                faults.append(f"routes.{index}.to: no peer is called {target!r}; known: {', '.join(names) or 'none'}")
+            elif peer.host == "*" or not peer.port:
+                faults.append(f"routes.{index}.to: peer {target!r} has no host and port to deliver to; add both")
+    if settings.archive.store == "s3":
+        if not settings.archive.bucket:
+            faults.append('archive.bucket: store = "s3" needs the name of a bucket')
+        if settings.archive.acknowledge != "archive":
+            faults.append(
+                'archive.acknowledge: store = "s3" needs acknowledge = "archive" in this release: Success means the object is in the bucket'
+            )
+    return faults
+
+
+def _environment_overrides(environ: Mapping[str, str], faults: list[str]) -> dict[str, dict[str, Any]]:
+    overrides: dict[str, dict[str, Any]] = {}
+
+    def put(section: str, key: str, value: str, source: str) -> None:
+        model = Settings.model_fields.get(section)
+        if model is None or section in {"peers", "routes"}:
+            faults.append(
+                f"{source}: no section {section!r}; sections that the environment can set: "
+                + ", ".join(name for name in Settings.model_fields if name not in {"peers", "routes"})
+            )
+            return
+        known = model.annotation.model_fields if model.annotation is not None else {}
+        if key not in known:
+            faults.append(f"{source}: section [{section}] has no key {key!r}; known: {', '.join(known)}")
+            return
+        listed = "tuple" in str(known[key].annotation)
+        overrides.setdefault(section, {})[key] = tuple(filter(None, (item.strip() for item in value.split(",")))) if listed else value
+
+    for name, (section, key) in ALIASES.items():
+        if name in environ:
+            put(section, key, environ[name], name)
+    for name in sorted(environ):
+        if not name.startswith(ENVIRONMENT_PREFIX) or "__" not in name:
+            continue
+        section, _, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        value = environ[name]
+        model = Settings.model_fields.get(section)
+        known = (
+            model.annotation.model_fields
+            if model is not None and model.annotation is not None and section not in {"peers", "routes"}
+            else {}
+        )
+        if key.endswith("_file") and key not in known:
+            key = key.removesuffix("_file")
+            try:
+                value = Path(value).read_text(encoding="utf-8").rstrip("\r\n")
+            except OSError as error:
+                faults.append(f"{name}: the file cannot be read ({error.strerror}); mount it or unset the variable")
+                continue
+        put(section, key, value, name)
+    return overrides
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the configuration.
+
+    Parameters
+    ----------
+    path
+        The TOML file; None: ``$DICOM_NODE_CONFIG``, else the defaults alone.
+
+    Raises
+    ------
+    ConfigurationError
+        With every fault at once.
+    """
+    environ = os.environ if environ is None else environ
+    if path is None and environ.get("DICOM_NODE_CONFIG"):
+        path = Path(environ["DICOM_NODE_CONFIG"])
+    faults: list[str] = []
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigurationError([f"{path}: cannot be read ({error.strerror}); name an existing file with --config"]) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigurationError([f"{path}: not valid TOML: {error}"]) from error
+    for section, values in _environment_overrides(environ, faults).items():
+        under = table.setdefault(section, {})
+        if isinstance(under, dict):
+            under.update(values)
+    try:
+        settings = Settings.model_validate(table)
+    except ValidationError as error:
+        faults.extend(_plain(fault) for fault in error.errors())
+    except ConfigurationError as error:
+        faults.extend(error.faults)
+    else:
+        if not faults:
+            return settings
+    raise ConfigurationError(faults)
+
+
+def _plain(fault: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        parent = fault["loc"][0] if len(fault["loc"]) > 1 else None
+        model = Settings.model_fields[str(parent)].annotation if parent in Settings.model_fields else Settings
+        fields = getattr(model, "model_fields", None)
+        known = f"; known: {', '.join(fields)}" if fields else ""
+        return f"{where}: there is no such key{known}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    given = "" if fault["type"] == "missing" else f" (given: {fault.get('input')!r})"
+    return f"{where}: {message}{given}"
+
+
+def _default_of(value: Any) -> str:
+    if value is None:
+        return '""'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    return f'"{value}"'
+
+
+def _sections() -> list[tuple[str, type[Section], bool]]:
+    listed: list[tuple[str, type[Section], bool]] = [
+        (name, type(field.default), False) for name, field in Settings.model_fields.items() if isinstance(field.default, Section)
+    ]
+    return [*listed, ("peers", PeerSection, True), ("routes", RouteSection, True)]
+
+
+def example_toml() -> str:
+    """``conf/node.toml``: every key with its default and what it means."""
+    lines = [
+        "# dicom-node: every key, with its default. Each may also be given as DICOM_NODE_<SECTION>__<KEY> in the environment,",
+        "# and from a file as DICOM_NODE_<SECTION>__<KEY>_FILE. `dicom-node check` names every fault.",
+        "",
+    ]
+    for name, model, many in _sections():
+        lines.append(f"# {(model.__doc__ or '').strip().splitlines()[0]}")
+        comment = "# " if many else ""
+        lines.append(f"{comment}[[{name}]]" if many else f"[{name}]")
+        for key, field in model.model_fields.items():
+            lines.append(f"# {field.description}")
+            shown = _EXAMPLES[name].get(key, _default_of(field.default)) if many else _default_of(field.default)
+            unset = "# " if many or field.default is None else ""
+            lines.append(f"{unset}{field.alias or key} = {shown}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+_EXAMPLES: Mapping[str, Mapping[str, str]] = {
+    "peers": {"name": '"pacs"', "ae_title": '"PACS"', "host": '"192.0.2.10"', "port": "104"},
+    "routes": {"to": '["pacs"]'},
+}
+
+
+def reference_markdown() -> str:
+    """``docs/configuration.md``: the reference, from the same source."""
+    lines = [
+        "# Configuration",
+        "",
+        "Made by `dicom-node config --reference` from the settings; do not edit. The file is TOML",
+        "(`--config FILE` or `DICOM_NODE_CONFIG`); `conf/node.toml` holds every key with its default.",
+        "The environment overrides the file: `DICOM_NODE_<SECTION>__<KEY>`, lists with commas;",
+        "with `_FILE` behind it, the value is read from the file named.",
+        "`DICOM_AET` and `DICOM_PORT` are accepted for `dimse.ae_title` and `dimse.port`.",
+        "",
+    ]
+    for name, model, many in _sections():
+        lines += [
+            f"## `{f'[[{name}]]' if many else f'[{name}]'}`",
+            "",
+            (model.__doc__ or "").strip().splitlines()[0],
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
+        for key, field in model.model_fields.items():
+            default = "required" if field.is_required() else f"`{_default_of(field.default)}`"
+            lines.append(f"| `{field.alias or key}` | {default} | {field.description} |")
+        lines.append("")
+    return "\n".join(lines)
