@@ -1,0 +1,53 @@
+# The two commands of the README are `make run` and `make test`; the rest is for those who change the node.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+WORKERS ?= 2
+
+.PHONY: help run test peers interop check bench clean
+
+help:  ## what there is
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/runtime: requirements/runtime.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'dicom-node needs Python 3.11 or newer; name it: make PYTHON=python3.12 run'; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo 'No venv module: apt-get install python3-venv'; exit 1; }
+	@echo 'Installing what the node needs into $(VENV) (some minutes the first time) ...'
+	$(PIP) --requirement requirements/runtime.txt
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+$(VENV)/development: requirements/dev.txt $(VENV)/runtime
+	@echo 'Installing what tests and checks need ...'
+	$(PIP) --requirement requirements/dev.txt
+	@touch $@
+
+run: $(VENV)/runtime  ## start the node with the embedded defaults
+	@exec $(BIN)/dicom-node serve
+
+test: $(VENV)/development  ## everything that needs no system package
+	$(BIN)/pytest -n $(WORKERS) -m 'not peer'
+
+peers:  ## install DCMTK, dicom3tools, Orthanc and the like (needs root)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		dcmtk dicom3tools eatmydata gcc libc6-dev orthanc orthanc-dicomweb strace python3-venv >/dev/null
+	@# Debian starts an Orthanc of its own; the tests start theirs on ports of their own.
+	@service orthanc stop >/dev/null 2>&1 || true
+
+interop: $(VENV)/development  ## tests against the peers
+	$(BIN)/pytest -n $(WORKERS) -m peer
+
+check: $(VENV)/development  ## ruff, mypy, import-linter, the Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+bench: $(VENV)/development  ## measure
+	$(BIN)/python -m bench
+
+clean:  ## remove the environment and caches (never data)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,153 @@
+"""Logs and metrics: structlog to standard error, Prometheus counters shared by all processes of the node.
+
+No patient attribute and no instance identifier goes into a log line: a processor drops the keys that could carry one, escapes
+control characters and cuts long text (threats.md rows 39 and 89). Who saw what is the audit trail's matter, which is encrypted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+FORBIDDEN_KEYS = frozenset(
+    {
+        "patient_name", "patient_id", "patient_birth_date", "accession_number", "study_description", "identifier", "data_set",
+        "sop_instance_uid", "study_instance_uid", "series_instance_uid",
+    }
+)  # fmt: skip
+LONGEST_VALUE = 500
+LIBRARIES = ("aiohttp", "alembic", "asyncio", "boto3", "botocore", "pydicom", "pynetdicom", "s3transfer", "sqlalchemy", "urllib3")
+
+
+def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Drop what may name a patient, make every text one printable line."""
+    for key in FORBIDDEN_KEYS & event.keys():
+        event[key] = "(withheld)"
+    for key, value in event.items():
+        if isinstance(value, str) and key != "exception":
+            # The exception text of a fault of ours may span lines; what a peer sent may not.
+            clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in value[:LONGEST_VALUE])
+            event[key] = clean + ("…" if len(value) > LONGEST_VALUE else "")
+    return event
+
+
+def configure_logging(*, form: str, level: str, role: str) -> None:
+    """Set up logging for this process; called once, from the command line.
+
+    Parameters
+    ----------
+    form
+        auto, json or console.
+    role
+        Bound to every line.
+    """
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=not console),
+    ]
+    renderer: Any = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
+    closing: list[Any] = [redact, renderer] if console else [structlog.processors.format_exc_info, redact, renderer]
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, *closing],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(role=role)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta, *closing]))  # fmt: skip
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    for library in LIBRARIES:
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+class Metrics:
+    """The counters of one process.
+
+    With ``folder`` the values are shared by all processes of the node through files there (prometheus_client's multi-process
+    mode); :func:`prepare_metrics` must then have named the folder before prometheus_client was imported.
+    """
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self._instances = Counter("dicom_node_instances", "Instances by door and outcome.", ["door", "outcome"], registry=registry)
+        self._bytes = Counter("dicom_node_received_bytes", "Data set bytes of stored instances.", ["door"], registry=registry)
+        self._associations = Counter("dicom_node_associations", "Associations by outcome.", ["outcome"], registry=registry)
+        self._requests = Counter("dicom_node_http_requests", "HTTP requests by transaction and status.", ["transaction", "status"],
+                                 registry=registry)  # fmt: skip
+        self._analyses = Counter("dicom_node_analyses", "Analyses by outcome.", ["outcome"], registry=registry)
+        self._deliveries = Counter("dicom_node_deliveries", "Deliveries of reports by peer and outcome.", ["peer", "outcome"], registry=registry)
+        self._seconds = Histogram(
+            "dicom_node_step_seconds", "Duration of the steps.", ["step"], registry=registry,
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+        )  # fmt: skip
+        self.registry = registry
+
+    def instance(self, *, door: str, outcome: str, byte_count: int = 0) -> None:
+        """An instance was stored, was a duplicate, or was refused (outcome: the failure reason in hexadecimal)."""
+        self._instances.labels(door, outcome).inc()
+        if byte_count:
+            self._bytes.labels(door).inc(byte_count)
+
+    def association(self, outcome: str) -> None:
+        """An association was accepted, rejected or aborted."""
+        self._associations.labels(outcome).inc()
+
+    def request(self, *, transaction: str, status: int) -> None:
+        """An HTTP request was answered."""
+        self._requests.labels(transaction, str(status)).inc()
+
+    def analysis(self, outcome: str) -> None:
+        """An analysis ended."""
+        self._analyses.labels(outcome).inc()
+
+    def delivery(self, *, peer: str, outcome: str) -> None:
+        """A report was delivered, refused, or could not be sent."""
+        self._deliveries.labels(peer, outcome).inc()
+
+    def seconds(self, step: str, value: float) -> None:
+        """A step took this long."""
+        self._seconds.labels(step).observe(value)
+
+
+def prepare_metrics(folder: Path) -> None:
+    """Let this process and its children share their counters; empties what an earlier run left."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for stale in folder.glob("*.db"):
+        stale.unlink()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+
+
+def forget_process(process_id: int) -> None:
+    """Drop the gauges of a child that ended; its counters stay."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        mark_process_dead(process_id)  # type: ignore[no-untyped-call]
+
+
+def exposition(gauges: Iterable[tuple[str, str, dict[str, str], float]]) -> bytes:
+    """The text of /metrics: the counters of all processes, and ``gauges`` as (name, help, labels, value) read just now."""
+    registry = CollectorRegistry()
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    made: dict[str, Gauge] = {}
+    now = CollectorRegistry()
+    for name, text, labels, value in gauges:
+        gauge = made.get(name)
+        if gauge is None:
+            gauge = made[name] = Gauge(name, text, sorted(labels), registry=now)
+        (gauge.labels(**labels) if labels else gauge).set(value)
+    return generate_latest(registry) + generate_latest(now)

@@ -1,0 +1,176 @@
+"""The parent of the node's processes: starts one child a role, restarts what dies, stops all of them in order.
+
+A child knows its parent lives by a pipe (the lifeline): when the parent dies, however it dies, the pipe ends and the child stops,
+so a killed node leaves nothing behind that would keep its ports. A child says by a second pipe that it is ready.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger()
+
+FIRST_DELAY_S = 0.2
+LONGEST_DELAY_S = 15.0
+STEADY_S = 30.0
+"""A child that lived this long is restarted without delay."""
+
+
+@dataclass
+class Child:
+    """One process of the node."""
+
+    role: str
+    process: subprocess.Popen[bytes] | None = None
+    lifeline: int = -1
+    status: int = -1
+    ready: bool = False
+    started_at: float = 0.0
+    restart_at: float = 0.0
+    delay_s: float = FIRST_DELAY_S
+    restarts: int = field(default=0)
+
+
+class Supervisor:
+    """Keeps the children of ``roles`` running.
+
+    Parameters
+    ----------
+    roles
+        Role names; one that stands twice gets two processes.
+    config
+        The configuration file the children read, or None.
+    on_exit
+        Called with the process id of each child that ended.
+    """
+
+    def __init__(self, *, roles: Sequence[str], config: Path | None, on_exit: Callable[[int], None]) -> None:
+        self._children = [Child(role) for role in roles]
+        self._config = config
+        self._on_exit = on_exit
+
+    def states(self) -> dict[str, str]:
+        """Role (numbered where there are several) -> ready, starting or down, for people and /readyz."""
+        states: dict[str, str] = {}
+        for number, child in enumerate(self._children):
+            running = child.process is not None and child.process.poll() is None
+            states[f"{child.role}-{number}"] = "ready" if running and child.ready else "starting" if running else "down"
+        return states
+
+    @property
+    def ready(self) -> bool:
+        """Every child runs and has said so."""
+        return all(state == "ready" for state in self.states().values())
+
+    def run(self, stop: threading.Event, *, drain_s: float, on_ready: Callable[[], None]) -> None:
+        """Keep the children running until ``stop``; then end them within ``drain_s`` seconds."""
+        announced = False
+        try:
+            while not stop.is_set():
+                now = time.monotonic()
+                for child in self._children:
+                    self._tend(child, now)
+                if self.ready and not announced:
+                    announced = True
+                    on_ready()
+                self._listen(timeout_s=0.1)
+        finally:
+            self._end(drain_s)
+
+    def _tend(self, child: Child, now: float) -> None:
+        if child.process is not None:
+            code = child.process.poll()
+            if code is None:
+                return
+            self._on_exit(child.process.pid)
+            self._close(child)
+            child.delay_s = FIRST_DELAY_S if now - child.started_at > STEADY_S else min(child.delay_s * 2, LONGEST_DELAY_S)
+            child.restart_at = now + child.delay_s
+            child.restarts += 1
+            cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            log.error("process.ended", process=child.role, cause=cause, restart_in_s=round(child.delay_s, 1))
+        if now >= child.restart_at:
+            self._start(child, now)
+
+    def _start(self, child: Child, now: float) -> None:
+        lifeline_read, child.lifeline = os.pipe()
+        child.status, status_write = os.pipe()
+        command = [sys.executable, "-m", "dicom_node", "serve", "--role", child.role,
+                   "--lifeline", str(lifeline_read), "--status", str(status_write)]  # fmt: skip
+        if self._config is not None:
+            command += ["--config", str(self._config)]
+        try:
+            # A session of its own: Ctrl-C in a terminal reaches the parent alone, which then stops the children in order.
+            child.process = subprocess.Popen(command, pass_fds=(lifeline_read, status_write), start_new_session=True)
+        finally:
+            os.close(lifeline_read)
+            os.close(status_write)
+        child.ready = False
+        child.started_at = now
+
+    def _listen(self, *, timeout_s: float) -> None:
+        waiting = {child.status: child for child in self._children if child.status >= 0 and not child.ready}
+        if not waiting:
+            time.sleep(timeout_s)
+            return
+        readable, _, _ = select.select(list(waiting), [], [], timeout_s)
+        for descriptor in readable:
+            if os.read(descriptor, 16):
+                waiting[descriptor].ready = True
+            else:  # ended before it was ready: _tend sees the exit status
+                time.sleep(0.05)
+
+    def _close(self, child: Child) -> None:
+        for descriptor in (child.lifeline, child.status):
+            if descriptor >= 0:
+                os.close(descriptor)
+        child.process, child.lifeline, child.status, child.ready = None, -1, -1, False
+
+    def _end(self, drain_s: float) -> None:
+        running = [child for child in self._children if child.process is not None]
+        for child in running:
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
+        deadline = time.monotonic() + drain_s + 5.0  # the child drains by itself; the rest is for its own closing
+        for child in running:
+            process = child.process
+            if process is None:
+                continue
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("process.killed", process=child.role, reason="did not stop in time")
+                process.kill()
+                process.wait()
+            self._on_exit(process.pid)
+            self._close(child)
+
+
+def stop_with_parent(lifeline: int, stop: threading.Event) -> None:
+    """Set ``stop`` when the parent's end of the pipe closes; returns at once, watches in a thread."""
+
+    def watch() -> None:
+        while os.read(lifeline, 1):
+            pass
+        stop.set()
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; for the main thread."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    return stop
