@@ -8,6 +8,8 @@
     ├── UnsupportedInstance      SOP class or transfer syntax         0x0122  no retry
     ├── ConflictingInstance      same UID, other content              0x0111  no retry
     ├── InstanceNotFound         no such instance                     0x0112  no retry
+    ├── InvalidQuery             a matching key that cannot be read   0xA900  no retry
+    ├── LeaseLost                another worker holds the job now     0x0110  no retry
     ├── Unavailable              store, database or disk              0xA700  retry
     └── IntegrityError           tag, digest or chain mismatch        0x0110  no retry, alarm
 
@@ -54,6 +56,16 @@ class InstanceNotFound(StorageError):
     """No such study, series or instance."""
 
     failure_reason = 0x0112  # No such SOP Instance
+
+
+class InvalidQuery(StorageError):
+    """A matching key is unknown at this level, or its value is none of its value representation; HTTP answers 400."""
+
+    failure_reason = 0xA900  # C-FIND: Identifier does not match SOP Class (PS3.4 Table C.4-1)
+
+
+class LeaseLost(StorageError):
+    """The lease of the job ran out and another worker took it (or it was requeued): drop the work, its result is not wanted."""
 
 
 class Unavailable(StorageError):
