@@ -90,7 +90,9 @@ class Metrics:
         self._requests = Counter("dicom_node_http_requests", "HTTP requests by transaction and status.", ["transaction", "status"],
                                  registry=registry)  # fmt: skip
         self._analyses = Counter("dicom_node_analyses", "Analyses by outcome.", ["outcome"], registry=registry)
-        self._deliveries = Counter("dicom_node_deliveries", "Deliveries of reports by peer and outcome.", ["peer", "outcome"], registry=registry)
+        self._deliveries = Counter(
+            "dicom_node_deliveries", "Deliveries of reports by peer and outcome.", ["peer", "outcome"], registry=registry
+        )
         self._seconds = Histogram(
             "dicom_node_step_seconds", "Duration of the steps.", ["step"], registry=registry,
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),

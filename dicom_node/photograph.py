@@ -32,7 +32,6 @@ from pydicom.uid import (
     VLPhotographicImageStorage,
     generate_uid,
 )
-
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 BODY_SITES: Mapping[str, tuple[str, str]] = {

@@ -1,0 +1,1 @@
+"""The HTTP door: STOW-RS, WADO-RS and QIDO-RS (DICOM PS3.18)."""

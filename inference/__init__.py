@@ -1,0 +1,1 @@
+"""The laboratory: decodes frames, runs models, writes reports. Knows nothing of doors."""

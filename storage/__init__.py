@@ -1,0 +1,1 @@
+"""Bytes, keys, index, work queue and audit trail. Imports none of the other packages."""

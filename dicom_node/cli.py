@@ -1,0 +1,298 @@
+"""The command line. Results go to standard output, everything else to standard error; a fault is a sentence, not a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from dicom_node import config
+from dicom_node.config import ConfigurationError, Settings
+from storage.errors import StorageError
+from storage.records import JobKind
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="The configuration file; default: $DICOM_NODE_CONFIG, else the built-in defaults.", show_default=False
+    ),
+]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="A DICOM node for dermatology: archives encrypted, analyses, answers with Structured Reports.")  # fmt: skip
+keys_app = typer.Typer(no_args_is_help=True, help="The ring of key-encryption keys.")
+app.add_typer(keys_app, name="keys")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def fail(*messages: str) -> typer.Exit:
+    """Say what is wrong and leave with status 1."""
+    for message in messages:
+        err.print(Text("error: ", style="bold red") + Text(message))
+    return typer.Exit(1)
+
+
+@contextmanager
+def faults_as_sentences() -> Iterator[None]:
+    """Turn the errors we know into sentences; what we do not know stays a traceback, since it is a bug."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise fail(*error.faults) from error
+    except StorageError as error:
+        raise fail(str(error)) from error
+    except BrokenPipeError:
+        # The reader of our output went away (`dicom-node trace … | head`).
+        sys.stderr.close()
+        raise typer.Exit(0) from None
+
+
+def _settings(path: Path | None) -> Settings:
+    return config.load(path)
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on a terminal: call it with (done, total)."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+def serve(
+    config_file: ConfigOption = None,
+    role: Annotated[str | None, typer.Option(help="Run one role alone: dimse, web, worker or courier. Default: all, supervised.")] = None,
+    lifeline: Annotated[int, typer.Option(hidden=True)] = -1,
+    status: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    """Run the node until SIGTERM or Ctrl-C."""
+    from dicom_node import node  # noqa: PLC0415 - the other commands should not pay for the doors
+
+    with faults_as_sentences():
+        settings = _settings(config_file)
+        try:
+            if role is None:
+                node.serve(settings, config_file)
+            else:
+                node.serve_role(settings, role, lifeline=lifeline, status=status)
+        except node.StartError as error:
+            raise fail(*error.faults) from error
+
+
+@app.command()
+def check(config_file: ConfigOption = None) -> None:
+    """Check configuration and environment: every fault with its remedy."""
+    from dicom_node.environment import findings  # noqa: PLC0415
+
+    with faults_as_sentences():
+        settings = _settings(config_file)
+        failed = 0
+        for finding in findings(settings):
+            mark, style = ("ok", "green") if finding.passed else ("no", "bold red")
+            out.print(Text(f"{mark:>3}  ", style=style) + Text(f"{finding.subject}: ", style="bold") + Text(finding.text))
+            failed += not finding.passed
+        if failed:
+            raise fail(f"{failed} of the checks failed; the lines marked 'no' say what to do")
+
+
+@app.command("config")
+def config_command(
+    config_file: ConfigOption = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Print the configuration reference (Markdown).")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print a configuration file with every key and its default.")] = False,
+) -> None:
+    """Print the configuration in force as JSON, the reference, or an example file."""
+    with faults_as_sentences():
+        if reference:
+            typer.echo(config.reference_markdown(), nl=False)
+        elif example:
+            typer.echo(config.example_toml(), nl=False)
+        else:
+            typer.echo(_settings(config_file).model_dump_json(indent=2, by_alias=True))
+
+
+@app.command()
+def send(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="DICOM files, or JPEG and PNG pictures to be wrapped.", show_default=False)
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Draw a skin picture and send that; needs no file.")] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port of a DICOM node, or an http(s) URL ending before /studies. Default: the configured node.", show_default=False
+        ),
+    ] = None,
+    called_ae_title: Annotated[str | None, typer.Option("--called", help="AE title of the receiver.", show_default=False)] = None,
+    calling_ae_title: Annotated[str, typer.Option("--calling", help="Our AE title.")] = "DICOM_NODE_SEND",
+    save_only: Annotated[bool, typer.Option("--save-only", help="Write what would be sent to .dcm files and send nothing.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for --save-only.")] = Path(),
+    modality: Annotated[str, typer.Option(help="Of wrapped pictures: photo or dermoscopic.")] = "photo",
+    patient_id: Annotated[str, typer.Option(help="Of wrapped pictures.")] = "",
+    patient_name: Annotated[str, typer.Option(help="Of wrapped pictures: Family^Given.")] = "",
+    patient_birth_date: Annotated[str, typer.Option(help="Of wrapped pictures: YYYYMMDD.")] = "",
+    patient_sex: Annotated[str, typer.Option(help="Of wrapped pictures: M, F or O.")] = "",
+    accession_number: Annotated[str, typer.Option(help="Of wrapped pictures.")] = "",
+    study_description: Annotated[str, typer.Option(help="Of wrapped pictures.")] = "",
+    study_instance_uid: Annotated[str, typer.Option(help="Of wrapped pictures: put them into this study.")] = "",
+    body_site: Annotated[str, typer.Option(help="Of wrapped pictures: head, face, forearm, back … (a wrong one lists all).")] = "",
+    laterality: Annotated[str, typer.Option(help="Of wrapped pictures: left, right, both or none.")] = "",
+    config_file: ConfigOption = None,
+) -> None:
+    """Send DICOM files or pictures by C-STORE or STOW-RS."""
+    from dicom_node import sending  # noqa: PLC0415
+    from dicom_node.photograph import PhotographOptions  # noqa: PLC0415
+
+    with faults_as_sentences():
+        settings = _settings(config_file)
+        if not files and not demo:
+            raise fail("nothing to send; name files, or use --demo")
+        if modality not in {"photo", "dermoscopic"}:
+            raise fail(f"--modality {modality}: use photo or dermoscopic")
+        options = PhotographOptions(
+            dermoscopic=modality == "dermoscopic" or (demo and not files),
+            patient_id=patient_id, patient_name=patient_name, patient_birth_date=patient_birth_date, patient_sex=patient_sex,
+            accession_number=accession_number, study_description=study_description, study_instance_uid=study_instance_uid,
+            body_site=body_site, laterality=laterality,
+        )  # fmt: skip
+        try:
+            items = sending.collect(files or [], demo=demo, options=options)
+            if save_only:
+                for path in sending.save(items, output):
+                    typer.echo(str(path))
+                return
+            target = sending.target(settings, to=to, called_ae_title=called_ae_title, calling_ae_title=calling_ae_title)
+            with _progress(f"sending to {target.label}") as progress:
+                answers = sending.send(items, target, progress=progress)
+        except sending.SendError as error:
+            raise fail(*error.faults) from error
+        refused = 0
+        for answer in answers:
+            typer.echo(f"{answer.text}  {answer.sop_instance_uid}  {answer.source}")
+            refused += not answer.stored
+        if refused:
+            raise fail(f"{refused} of {len(answers)} were not stored")
+        if answers and to is None:
+            err.print(f"Where is it?  dicom-node trace {answers[0].sop_instance_uid}", style="dim")
+
+
+@app.command()
+def trace(
+    uid: Annotated[str, typer.Argument(help="SOP, Series or Study Instance UID.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Where is my study: from whom, when, digest, object, jobs, models, reports, deliveries."""
+    from dicom_node import node  # noqa: PLC0415
+
+    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
+        found = parts.archive.trace(uid)
+        if as_json:
+            typer.echo(json.dumps(found, indent=2, default=str))
+            return
+        out.print(_tree(uid, found))
+
+
+def _tree(title: str, value: Any) -> Tree:
+    tree = Tree(Text(title, style="bold"))
+    _grow(tree, value)
+    return tree
+
+
+def _grow(tree: Tree, value: Any) -> None:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value, 1)
+    for key, inner in pairs:
+        if isinstance(inner, dict | list | tuple):
+            if inner:
+                _grow(tree.add(Text(str(key), style="bold")), inner)
+        elif inner not in {"", None}:
+            tree.add(Text(f"{key}: ", style="dim") + Text(str(inner)))
+
+
+@app.command()
+def requeue(
+    job_ids: Annotated[list[int] | None, typer.Argument(help="Numbers of jobs, as trace shows them.", show_default=False)] = None,
+    dead: Annotated[str | None, typer.Option("--dead", help="All dead jobs of a kind: analyse or deliver.", show_default=False)] = None,
+    config_file: ConfigOption = None,
+) -> None:
+    """Let dead or finished jobs run again. A repeated analysis writes the same reports, under the same UIDs."""
+    from dicom_node import node  # noqa: PLC0415
+
+    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
+        if dead is not None and dead not in set(JobKind):
+            raise fail(f"--dead {dead}: use {' or '.join(JobKind)}")
+        if not job_ids and dead is None:
+            raise fail("name job numbers, or --dead analyse, or --dead deliver")
+        count = sum(parts.archive.requeue(job_id=job_id) for job_id in job_ids or [])
+        if dead is not None:
+            count += parts.archive.requeue(kind=JobKind(dead))
+        typer.echo(f"{count} job{'s' if count != 1 else ''} will run again")
+
+
+@app.command()
+def verify(config_file: ConfigOption = None) -> None:
+    """Re-read every object: digests against the index, both directions, and the audit chain."""
+    from dicom_node import node  # noqa: PLC0415
+
+    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
+        with _progress("verifying") as progress:
+            report = parts.archive.verify(progress=progress)
+        for line in report.lines():
+            typer.echo(line)
+        if not report.intact:
+            raise fail(
+                "the archive is not intact; the lines above name each object. Keep the data, restore the objects from a copy, verify again"
+            )
+
+
+@keys_app.command("init")
+def keys_init(config_file: ConfigOption = None) -> None:
+    """Make the key ring with a first key."""
+    from storage.envelope import FileKeyring  # noqa: PLC0415
+
+    with faults_as_sentences():
+        path = _settings(config_file).ring_file
+        ring = FileKeyring.create(path)
+        typer.echo(f"{path}: made, key {ring.primary_key_id}. Keep a copy in a safe place: without it nothing stored here can be read.")
+
+
+@keys_app.command("add")
+def keys_add(config_file: ConfigOption = None) -> None:
+    """Add a key; new objects are sealed with it, older ones stay readable with theirs."""
+    from storage.envelope import FileKeyring  # noqa: PLC0415
+
+    with faults_as_sentences():
+        path = _settings(config_file).ring_file
+        key_id = FileKeyring.add(path)
+        typer.echo(f"{path}: key {key_id} added and primary after the node's next start. Renew the copy in the safe place.")
+
+
+@keys_app.command("list")
+def keys_list(config_file: ConfigOption = None) -> None:
+    """List the keys of the ring (never the keys themselves)."""
+    from storage.envelope import FileKeyring  # noqa: PLC0415
+
+    with faults_as_sentences():
+        table = Table("key", "made", "use")
+        for key in FileKeyring.load(_settings(config_file).ring_file).keys():
+            table.add_row(key.key_id, key.created_at, "new and old objects" if key.primary else "old objects")
+        out.print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
