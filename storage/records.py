@@ -242,6 +242,20 @@ class ReportRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class NewReport:
+    """A report to be archived and delivered; its identity is read from its data set by the scanner."""
+
+    kind: str
+    """summary, findings or segmentation."""
+    data_set: bytes
+    transfer_syntax_uid: str = "1.2.840.10008.1.2.1"  # Explicit VR Little Endian
+    deliver_to: tuple[str, ...] = ()
+    """Names of peers; one DELIVER job each."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """bundle name -> version + digest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """A search (QIDO-RS, C-FIND): keyword -> matching value as the standard writes it (PS3.4 C.2.2.2).
 
