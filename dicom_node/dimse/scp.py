@@ -1,0 +1,457 @@
+"""The DIMSE door: accepts associations, answers C-ECHO, and streams C-STORE data sets into the archive.
+
+References
+----------
+DICOM PS3.4 Annex A (Verification) and B (Storage), PS3.8 Section 9.3.4 (A-ASSOCIATE-RJ)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from pydicom.uid import UID_dictionary
+from pynetdicom import AE
+from pynetdicom._globals import ALL_TRANSFER_SYNTAXES, DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
+from pynetdicom.acse import ACSE
+from pynetdicom.association import Association
+from pynetdicom.presentation import PresentationContext, build_context
+from pynetdicom.sop_class import _NON_PATIENT_OBJECT_CLASSES, _STORAGE_CLASSES, Verification
+from pynetdicom.transport import AddressInformation, AssociationSocket
+
+from dicom_node.dimse.library import quiet
+from dicom_node.dimse.message import ProtocolViolation, StoreRequest
+from dicom_node.dimse.receive import ReceiveLimits, StoreReceiver
+from dicom_node.peers import Peer, Peers, normal_address
+from storage.errors import MismatchedInstance, StorageError
+from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from storage.records import Announced, Origin
+
+if TYPE_CHECKING:
+    from storage.archive import Archive, Intake
+
+log = structlog.get_logger(__name__)
+
+SUCCESS = 0x0000
+CANNOT_UNDERSTAND = 0xC000
+PROCESSING_FAILURE = 0x0110
+_STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
+_BACKLOG = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Result, Source and Reason/Diag. of an A-ASSOCIATE-RJ (PS3.8 Table 9-21)."""
+
+    result: int
+    source: int
+    diagnostic: int
+    reason: str
+
+
+UNKNOWN_CALLED = Rejection(1, 1, 7, "called AE title not recognised")
+UNKNOWN_CALLING = Rejection(1, 1, 3, "calling AE title not recognised")
+LOCAL_LIMIT = Rejection(2, 3, 2, "local limit exceeded")
+
+
+def is_storage(sop_class_uid: str, *, unknown: bool) -> bool:
+    """Whether an abstract syntax is one that C-STORE stores composite instances of patients under.
+
+    Current and retired storage SOP classes are, whatever the library's list of them; hanging protocols, implant templates
+    and the like belong to no patient and are not. `unknown` decides of what PS3.6 does not name, private classes included.
+    """
+    if sop_class_uid in _STORAGE_CLASSES.values():
+        return True
+    named = UID_dictionary.get(sop_class_uid)
+    if named is None:
+        return unknown
+    return sop_class_uid.startswith(_STORAGE_ROOT) and "Storage" in named[0] and sop_class_uid not in _NON_PATIENT_OBJECT_CLASSES.values()
+
+
+class StorageSCP:
+    """Listens, and keeps one thread pair per association.
+
+    Parameters
+    ----------
+    archive
+        Where instances go.
+    peers
+        Who may call.
+    ae_title
+        Ours; an association that calls another is rejected (1,1,7).
+    host, port
+        Where to listen; port 0 for any free one.
+    maximum_associations
+        Established ones, rejected as transient (2,3,2) beyond; connections still in their handshake are not counted.
+    accept_unknown_peers
+        Accept callers that are no configured peer; else they are rejected (1,1,3).
+    unknown_sop_classes
+        Accept abstract syntaxes that PS3.6 does not name, private ones included.
+    limits
+        Limits on one association.
+    message_bytes
+        Most bytes of one data set, stored or refused, before the association is aborted.
+    observe
+        Told what happens, for metrics: ``observe(event, **labels)``. Events: ``association.accepted`` (peer),
+        ``association.rejected`` (reason), ``association.violation`` (reason), ``association.failed``, ``association.ended`` (peer),
+        ``instance.received`` (peer, outcome, byte_count, seconds), ``instance.refused`` (peer, status), ``instance.aborted`` (peer).
+    """
+
+    def __init__(
+        self,
+        *,
+        archive: Archive,
+        peers: Peers,
+        ae_title: str,
+        host: str = "127.0.0.1",
+        port: int = 11112,
+        maximum_associations: int = 200,
+        accept_unknown_peers: bool = False,
+        unknown_sop_classes: bool = True,
+        limits: ReceiveLimits | None = None,
+        message_bytes: int = 2 * 1024**3 + 64 * 1024**2,
+        observe: Callable[..., None] = lambda event, **labels: None,
+    ) -> None:
+        quiet()
+        self._archive = archive
+        self._peers = peers
+        self._address = (host, port)
+        self._maximum_associations = maximum_associations
+        self._accept_unknown_peers = accept_unknown_peers
+        self._unknown_sop_classes = unknown_sop_classes
+        self._message_bytes = message_bytes
+        self.limits = limits or ReceiveLimits()
+        self.observe = observe
+        self.entity = AE(ae_title=ae_title)
+        self.entity.maximum_pdu_size = self.limits.maximum_pdu_length
+        self.entity.acse_timeout = self.limits.handshake_s
+        self.entity.network_timeout = self.limits.idle_s
+        self.entity.dimse_timeout = self.limits.idle_s
+        self.entity.maximum_associations = 1_000_000  # ours is counted in `admit`; the library's counts half-open ones
+        self.entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+        self.entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._open: set[AcceptedAssociation] = set()
+        self._admitted: dict[AcceptedAssociation, str] = {}
+        self._draining = False
+        self._listener: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> tuple[str, int]:
+        """Listen and accept in a thread. Returns the address bound.
+
+        Raises
+        ------
+        OSError
+            The address cannot be bound.
+        """
+        family, kind, _, _, address = socket.getaddrinfo(*self._address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        self._listener = listener
+        self._thread = threading.Thread(target=self._accept_all, args=(listener,), name="dimse-accept", daemon=True)
+        self._thread.start()
+        host, port = listener.getsockname()[:2]
+        return host, port
+
+    def stop(self, drain_s: float = 10.0) -> None:
+        """Accept no more, let the open associations end for `drain_s` seconds, abort the rest."""
+        with self._lock:
+            self._draining = True
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+            self._listener.close()
+        if self._thread is not None:
+            self._thread.join()
+        if not self._wait_closed(drain_s):
+            with self._lock:
+                left = list(self._open)
+            log.warning("dimse.aborting", associations=len(left))
+            for association in left:
+                association.abort(block=False)
+            self._wait_closed(self.limits.handshake_s)
+
+    @property
+    def associations(self) -> int:
+        """How many associations are established now."""
+        with self._lock:
+            return len(self._admitted)
+
+    def admit(self, association: AcceptedAssociation, calling_ae_title: str, called_ae_title: str) -> Rejection | None:
+        """Decide about an association request, and count it in. None: accepted."""
+        peer = self._peers.by_calling(calling_ae_title, association.address)
+        if called_ae_title.strip() != self.entity.ae_title.strip():
+            return UNKNOWN_CALLED
+        if not (peer.accept if peer is not None else self._accept_unknown_peers):
+            return UNKNOWN_CALLING
+        name = peer.name if peer is not None else ""
+        with self._lock:
+            quota = peer.max_associations if peer is not None else 0
+            if self._draining or len(self._admitted) >= self._maximum_associations:
+                return LOCAL_LIMIT
+            if quota and Counter(self._admitted.values())[name] >= quota:
+                return LOCAL_LIMIT
+            self._admitted[association] = name
+        association.peer = peer
+        return None
+
+    def supported(self, proposed: list[PresentationContext]) -> list[PresentationContext]:
+        """Return what to support of the proposed contexts: each storage class with every transfer syntax known, the proposer's first choice first.
+
+        The library takes the acceptor's first syntax that was proposed; thus instances come as the sender holds them.
+        """
+        wanted: dict[str, list[str]] = {}
+        for context in proposed:
+            abstract_syntax = str(context.abstract_syntax)
+            if is_storage(abstract_syntax, unknown=self._unknown_sop_classes):
+                wanted.setdefault(abstract_syntax, []).extend(
+                    syntax for syntax in context.transfer_syntax if syntax in ALL_TRANSFER_SYNTAXES
+                )
+        supported = [build_context(abstract, list(dict.fromkeys(syntaxes))) for abstract, syntaxes in wanted.items() if syntaxes]
+        return [build_context(Verification, DEFAULT_TRANSFER_SYNTAXES), *supported]
+
+    def begin_store(self, association: AcceptedAssociation, context: PresentationContext, request: StoreRequest) -> StoreReception:
+        """Open the intake for a C-STORE-RQ."""
+        return StoreReception(
+            archive=self._archive,
+            origin=association.origin(),
+            transfer_syntax_uid=str(context.transfer_syntax[0]),
+            abstract_syntax=str(context.abstract_syntax),
+            request=request,
+            message_bytes=self._message_bytes,
+            observe=self.observe,
+        )
+
+    def ended(self, association: AcceptedAssociation) -> None:
+        """Forget an association whose threads end."""
+        with self._idle:
+            self._open.discard(association)
+            name = self._admitted.pop(association, None)
+            self._idle.notify_all()
+        if name is not None:
+            self.observe("association.ended", peer=name)
+
+    def _wait_closed(self, timeout_s: float) -> bool:
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._open, timeout_s)
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, address = listener.accept()
+            except OSError:
+                if self._draining:
+                    return
+                log.exception("dimse.accept_failed")  # out of descriptors: wait for some to come back
+                time.sleep(0.1)
+                continue
+            try:
+                self._serve(connection, address)
+            except Exception:  # an edge: one connection must not end the door
+                log.exception("dimse.connection_failed")
+                connection.close()
+
+    def _serve(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A peer that does not read our answers must not hold the thread; SO_SNDTIMEO leaves reading alone
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(self.limits.idle_s), 0))
+        association = AcceptedAssociation(self, connection, address)
+        with self._lock:
+            self._open.add(association)
+        try:
+            association.start()
+        except RuntimeError:  # no more threads
+            self.ended(association)
+            raise
+
+
+class AdmittingACSE(ACSE):  # type: ignore[misc] # pynetdicom's types are not followed here
+    """Association control that asks the door who may come in, before pynetdicom negotiates."""
+
+    assoc: AcceptedAssociation
+
+    def _negotiate_as_acceptor(self) -> None:
+        request = self.requestor.primitive
+        rejection = self.assoc.door.admit(self.assoc, request.calling_ae_title, request.called_ae_title)
+        if rejection is not None:
+            log.warning("association.rejected", reason=rejection.reason, address=self.assoc.address)
+            self.assoc.door.observe("association.rejected", reason=rejection.reason)
+            self.send_reject(rejection.result, rejection.source, rejection.diagnostic)
+            self.assoc.is_rejected = True
+            self.assoc.kill()
+            return
+        name = self.assoc.peer.name if self.assoc.peer is not None else ""
+        log.info("association.accepted", peer=name, address=self.assoc.address)
+        self.assoc.door.observe("association.accepted", peer=name)
+        self.acceptor.supported_contexts = self.assoc.door.supported(request.presentation_context_definition_list)
+        super()._negotiate_as_acceptor()
+
+
+class AcceptedAssociation(Association):  # type: ignore[misc] # pynetdicom's types are not followed here
+    """pynetdicom's acceptor with our upper layer reader and our admission.
+
+    Parameters
+    ----------
+    door
+        Where it was accepted.
+    connection, address
+        As ``socket.accept`` gave them.
+    """
+
+    def __init__(self, door: StorageSCP, connection: socket.socket, address: tuple[Any, ...]) -> None:
+        super().__init__(door.entity, MODE_ACCEPTOR)
+        self.door = door
+        self.peer: Peer | None = None
+        self.address = normal_address(str(address[0]))
+        self.acse = AdmittingACSE(self)
+        self.dul = StoreReceiver(
+            self,
+            limits=door.limits,
+            begin_store=lambda context, request: door.begin_store(self, context, request),
+            observe=door.observe,
+        )
+        self.acse_timeout = door.entity.acse_timeout  # their setters reach into the provider, which is a new one
+        self.network_timeout = door.entity.network_timeout
+        self.set_socket(AssociationSocket(self, client_socket=connection))
+        self.name = "AcceptorThread"
+        self.acceptor.maximum_length = door.entity.maximum_pdu_size
+        self.acceptor.ae_title = door.entity.ae_title
+        self.acceptor.address_info = AddressInformation.from_tuple(connection.getsockname())
+        self.acceptor.implementation_class_uid = door.entity.implementation_class_uid
+        self.acceptor.implementation_version_name = door.entity.implementation_version_name
+        self.requestor.address_info = AddressInformation.from_tuple(address)
+
+    def run_reactor(self) -> None:
+        """Run until the association is over, then tell the door."""
+        try:
+            super().run_reactor()
+        except Exception:  # an edge: the association's own thread
+            log.exception("association.failed")
+            self.abort(block=False)
+        finally:
+            self.dul.kill_dul()
+            self.dul.join()
+            self.door.ended(self)
+
+    def origin(self) -> Origin:
+        """Say who sent what arrives now."""
+        request = self.requestor.primitive
+        return Origin(
+            door="dimse",
+            received_at=datetime.now(UTC),
+            address=self.address,
+            calling_ae_title=request.calling_ae_title.strip(),
+            called_ae_title=request.called_ae_title.strip(),
+            peer=self.peer.name if self.peer is not None else "",
+        )
+
+
+class StoreReception:
+    """One C-STORE operation: data set fragments in, a status out. Implements `dicom_node.dimse.message.StoreOperation`.
+
+    Once something is wrong the rest of the data set is read past, and the status tells what it was.
+    """
+
+    def __init__(
+        self,
+        *,
+        archive: Archive,
+        origin: Origin,
+        transfer_syntax_uid: str,
+        abstract_syntax: str,
+        request: StoreRequest,
+        message_bytes: int,
+        observe: Callable[..., None],
+    ) -> None:
+        self._observe = observe
+        self._peer = origin.peer
+        self._message_bytes = message_bytes
+        self._count = 0
+        self._began = time.monotonic()
+        self._failure: tuple[int, str] | None = None
+        self._intake: Intake | None = None
+        if not request.has_data_set:
+            self._failure = (CANNOT_UNDERSTAND, "C-STORE request without a data set")
+        elif not request.sop_class_uid or not request.sop_instance_uid:
+            self._failure = (CANNOT_UNDERSTAND, "C-STORE request without Affected SOP Class or Instance")
+        elif request.sop_class_uid != abstract_syntax:
+            self._failure = (MismatchedInstance.failure_reason, "SOP class is not that of the presentation context")
+        else:
+            announced = Announced(sop_class_uid=request.sop_class_uid, sop_instance_uid=request.sop_instance_uid)
+            with self._failing():
+                self._intake = archive.receive(origin, transfer_syntax_uid=transfer_syntax_uid, announced=announced)
+
+    def write(self, fragment: memoryview) -> None:
+        """Stream on a fragment.
+
+        Raises
+        ------
+        ProtocolViolation
+            The data set is longer than anything that could be stored.
+        """
+        self._count += len(fragment)
+        if self._count > self._message_bytes:
+            raise ProtocolViolation("data set longer than the limit")
+        if self._intake is not None:
+            with self._failing():
+                self._intake.write(fragment)
+
+    def finish(self) -> tuple[int, str]:
+        """Commit; Success only when the instance is durable."""
+        if self._intake is not None:
+            with self._failing():
+                receipt = self._intake.commit()
+                self._intake = None
+                self._observe(
+                    "instance.received",
+                    peer=self._peer,
+                    outcome=receipt.outcome.value,
+                    byte_count=self._count,
+                    seconds=time.monotonic() - self._began,
+                )
+                return SUCCESS, ""
+        status, reason = self._failure or (PROCESSING_FAILURE, "processing failure")
+        log.warning("instance.refused", peer=self._peer, status=f"{status:04X}", reason=reason)
+        self._observe("instance.refused", peer=self._peer, status=status)
+        return status, reason
+
+    def abort(self) -> None:
+        """Drop what arrived: the association ended within the data set."""
+        self._drop()
+        log.warning("instance.aborted", peer=self._peer, byte_count=self._count)
+        self._observe("instance.aborted", peer=self._peer)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Any:
+        """Turn what the archive raises into the status of the operation; the partial instance is dropped."""
+        try:
+            yield
+        except StorageError as error:
+            self._failure = (error.failure_reason, str(error))
+            self._drop()
+        except Exception:  # an edge: the peer learns that we failed, the log learns how
+            log.exception("instance.failed", peer=self._peer)
+            self._failure = (PROCESSING_FAILURE, "internal error of the node, see its log")
+            self._drop()
+
+    def _drop(self) -> None:
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            intake.abort()
