@@ -36,10 +36,12 @@ class Frames:
 
     ``pixels``: uint8, shape (frames, rows, columns, 3), sRGB, in the orientation of the stored image.
     ``spacing_mm``: (between rows, between columns) in millimetres; None when not stated.
+    ``notes``: what a person should know of the decoding (an ICC profile that could not be applied), without patient data.
     """
 
     pixels: NDArray[np.uint8]
     spacing_mm: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
