@@ -1,0 +1,134 @@
+"""`dicom-node check`: does this configuration work on this machine? Each finding says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicom_node.config import Settings
+from storage.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at."""
+
+    subject: str
+    passed: bool
+    text: str
+
+
+def findings(settings: Settings) -> Iterator[Finding]:
+    """Look at everything the node needs, without starting it or changing anything but making missing folders."""
+    yield Finding("configuration", passed=True, text="every key is known and coherent")
+    yield _folder(settings.node.data_dir)
+    yield _space(settings)
+    yield _keys(settings)
+    yield from _ports(settings)
+    yield _store(settings)
+    yield from _models(settings)
+    yield from _peers(settings)
+
+
+def _folder(path: Path) -> Finding:
+    subject = "node.data_dir"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        return Finding(subject, passed=False, text=f"{path} cannot be made ({error.strerror}); name a folder this user may write")
+    if not os.access(path, os.W_OK | os.X_OK):
+        return Finding(subject, passed=False, text=f"{path} is not writable for this user; change its owner or name another folder")
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        return Finding(subject, passed=False, text=f"{path} is open to other users; chmod 700 {path}")
+    return Finding(subject, passed=True, text=f"{path.resolve()} is ours alone and writable")
+
+
+def _space(settings: Settings) -> Finding:
+    path = settings.node.data_dir
+    subject = "archive.min_free_bytes"
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        return Finding(subject, passed=False, text=f"free space of {path} cannot be read ({error.strerror})")
+    needed = settings.archive.min_free_bytes
+    if free < needed:
+        return Finding(
+            subject, passed=False, text=f"{free >> 20} MiB free, {needed >> 20} MiB needed before instances are accepted; free some"
+        )
+    return Finding(subject, passed=True, text=f"{free >> 20} MiB free")
+
+
+def _keys(settings: Settings) -> Finding:
+    from storage.envelope import FileKeyring  # noqa: PLC0415 - cryptography loads only when looked at
+
+    path = settings.ring_file
+    if not path.exists():
+        if (settings.node.data_dir / "index.db").exists():
+            text = f"{path} is missing although data exists; put the ring's copy back: without it nothing can be read"
+            return Finding("keys", passed=False, text=text)
+        return Finding("keys", passed=True, text=f"{path} will be made at the first start; keep a copy of it elsewhere")
+    try:
+        FileKeyring.load(path)
+    except StorageError as error:
+        return Finding("keys", passed=False, text=str(error))
+    return Finding("keys", passed=True, text=f"{path} is readable for us alone")
+
+
+def _ports(settings: Settings) -> Iterator[Finding]:
+    for name, section in (("dimse", settings.dimse), ("dicomweb", settings.dicomweb), ("admin", settings.admin)):
+        if not section.enabled:
+            continue
+        subject = f"{name}.port"
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(section.host, section.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            text = f"{section.host}:{section.port} cannot be listened on ({error.strerror}); is a node running there already? Else choose another"
+            yield Finding(subject, passed=False, text=text)
+        else:
+            yield Finding(subject, passed=True, text=f"{section.host}:{section.port} is free")
+
+
+def _store(settings: Settings) -> Finding:
+    from dicom_node.node import object_store  # noqa: PLC0415
+
+    try:
+        object_store(settings).check()
+    except StorageError as error:
+        return Finding("archive.store", passed=False, text=str(error))
+    where = f"bucket {settings.archive.bucket}" if settings.archive.store == "s3" else "folder objects in node.data_dir"
+    return Finding("archive.store", passed=True, text=f"{where} can be reached")
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    if not settings.inference.enabled:
+        return
+    from dicom_node.node import model_bundles  # noqa: PLC0415
+    from inference.errors import InferenceError  # noqa: PLC0415
+
+    try:
+        bundles = model_bundles(settings)
+    except InferenceError as error:
+        yield Finding("inference.bundles", passed=False, text=str(error))
+        return
+    for bundle in bundles:
+        yield Finding("inference.bundles", passed=True, text=f"{bundle.name} {bundle.version} ({bundle.digest[:12]})")
+
+
+def _peers(settings: Settings) -> Iterator[Finding]:
+    for peer in settings.peers:
+        if peer.host == "*":
+            continue
+        try:
+            socket.getaddrinfo(peer.host, None)
+        except OSError as error:
+            yield Finding(f"peer {peer.name}", passed=False, text=f"host {peer.host} has no address ({error.strerror}); correct peers.host")
+        else:
+            yield Finding(f"peer {peer.name}", passed=True, text=f"{peer.ae_title} at {peer.host}:{peer.port or '(never called)'}")
