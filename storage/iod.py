@@ -104,7 +104,7 @@ def missing(sop_class_uid: str, present: frozenset[int] | set[int]) -> tuple[int
     """Return the alternatives of the first unmet demand, empty when the instance has all that its SOP class needs."""
     demand = INDISPENSABLE.get(sop_class_uid)
     if demand is None:
-        demand = _PIXELS if IMAGE_MODULE <= present else ()
+        demand = _PIXELS if present >= IMAGE_MODULE else ()
     return next((alternatives for alternatives in demand if present.isdisjoint(alternatives)), ())
 
 
@@ -117,7 +117,7 @@ def witnesses() -> frozenset[int]:
 @cache
 def sequence_tags() -> frozenset[int]:
     """Return the tags of VR SQ of the data dictionary (PS3.6), which Implicit VR leaves to the reader to know."""
-    from pydicom.datadict import DicomDictionary  # noqa: PLC0415 - some 5,000 entries, wanted once and only here
+    from pydicom._dicom_dict import DicomDictionary  # noqa: PLC0415 - some 5,000 entries, wanted once and only here
 
     return frozenset(tag for tag, entry in DicomDictionary.items() if entry[0] == "SQ")
 

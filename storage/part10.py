@@ -73,13 +73,13 @@ class Part10Parser:
         """
         if self.transfer_syntax_uid is not None:
             view = memoryview(chunk)
-            self._has_data = self._has_data or bool(len(view))
-            return iter((view,) if len(view) else ())
+            self._has_data = self._has_data or bool(view)
+            return iter((view,) if view else ())
         self._head += memoryview(chunk)
         if len(self._head) < _PREFIX_END:
             return iter(())
         if self._head[128:132] != b"DICM":
-            raise InvalidInstance("no DICOM file: bytes 128 to 131 are not DICM; files without preamble (ACR-NEMA, bare data sets) are refused")
+            raise InvalidInstance("no DICOM file: bytes 128 to 131 are not DICM; files without preamble are refused")
         if not self._parse():
             return iter(())
         rest = bytes(self._head[self._at :])
@@ -115,7 +115,7 @@ class Part10Parser:
                 self._conclude()
                 return True
             if not named:
-                raise InvalidInstance(f"(0002,{element:04X}) at byte {at}: file meta information must be Explicit VR Little Endian (PS3.10 7.1)")
+                raise InvalidInstance(f"(0002,{element:04X}) at byte {at}: group 0002 must be Explicit VR Little Endian (PS3.10 7.1)")
             start = at + 8
             if vr in _LONG_FORMS:
                 if len(head) - at < 12:
@@ -123,7 +123,7 @@ class Part10Parser:
                 length = int.from_bytes(head[at + 8 : at + 12], "little")
                 start = at + 12
             if start + length > META_LIMIT:
-                raise InvalidInstance(f"(0002,{element:04X}) at byte {at}: the length of {length} bytes passes the limit of {META_LIMIT} for group 0002")
+                raise InvalidInstance(f"(0002,{element:04X}) at byte {at}: a length of {length} bytes passes the limit of {META_LIMIT}")
             if len(head) < start + length:
                 return False
             value = bytes(head[start : start + length])
@@ -138,7 +138,7 @@ class Part10Parser:
         if not transfer_syntax_uid:
             raise InvalidInstance("the file meta information has no Transfer Syntax UID (0002,0010), so the data set cannot be read")
         if transfer_syntax_uid not in TRANSFER_SYNTAXES:
-            raise UnsupportedInstance("Transfer Syntax UID (0002,0010) is unknown here; convert the file to one of the conformance statement")
+            raise UnsupportedInstance("Transfer Syntax UID (0002,0010) is unknown here; convert the file to a known one")
         self.transfer_syntax_uid = transfer_syntax_uid
         self.announced = Announced(sop_class_uid=self._texts.get(0x0002, ""), sop_instance_uid=self._texts.get(0x0003, ""))
 

@@ -14,7 +14,8 @@ Rules where the standard leaves room, or real files do not keep to it:
   length that is neither SQ nor encapsulated pixel data is refused.
 * In Implicit VR a sequence of defined length is known by the data dictionary; a private one is opaque.
 * Odd lengths are accepted: they are wrong, but leave no doubt where the element ends.
-* A deflated data set is raw deflate, complete, followed by nothing but one NUL that makes its length even (PS3.5 A.5).
+* A deflated data set is raw deflate, complete, followed by nothing but one NUL that makes its length even (PS3.5 A.5), or by the
+  trailer of gzip (RFC 1952: CRC-32 and length), which some writers leave there and which must then be right.
 
 References
 ----------
@@ -87,6 +88,7 @@ _CODE_VALUES = frozenset({0x00080100, 0x00080119, 0x00080120})
 _PIXELS = frozenset({PIXEL_DATA, FLOAT_PIXEL_DATA, DOUBLE_FLOAT_PIXEL_DATA})
 
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
+_GZIP_TRAILER = struct.Struct("<II")
 _INFLATE_STEP = 262_144
 _INFLATE_FLOOR = 1_048_576
 """The ratio is judged only beyond this many inflated bytes: small blank pictures deflate by a thousand and hurt nobody."""
@@ -148,6 +150,7 @@ class DataSetScanner:
         self._byte_count = 0
         self._inflater = zlib.decompressobj(-zlib.MAX_WBITS) if syntax.deflated else None
         self._inflated = 0
+        self._checksum = 0
         # where the parser stands
         self._at = 0
         self._rest = b""
@@ -195,8 +198,12 @@ class DataSetScanner:
         InvalidInstance
             It ends in the middle, lacks a UID or an attribute that its SOP class cannot do without, or its pixel data does not fit.
         """
-        if self._inflater is not None and not self._inflater.eof:
-            raise InvalidInstance(f"the deflated data set ends at byte {self._byte_count} in the middle of the compressed stream")
+        if self._inflater is not None:
+            if not self._inflater.eof:
+                raise InvalidInstance(f"the deflated data set ends at byte {self._byte_count} in the middle of the compressed stream")
+            trailer = _GZIP_TRAILER.pack(self._checksum, self._inflated & 0xFFFFFFFF)
+            if self._inflater.unused_data not in (b"", b"\0", trailer, trailer + b"\0"):
+                raise InvalidInstance("bytes follow the end of the compressed stream; only one NUL may (PS3.5 A.5)")
         self._check_end()
         sop_class_uid = self._uid(0x00080016, "SOP Class UID")
         sop_instance_uid = self._uid(0x00080018, "SOP Instance UID")
@@ -241,6 +248,7 @@ class DataSetScanner:
                 data = inflater.unconsumed_tail
                 full = len(piece) == _INFLATE_STEP
                 self._inflated += len(piece)
+                self._checksum = zlib.crc32(piece, self._checksum)
                 if self._inflated > limits.inflate_bytes:
                     raise InvalidInstance(f"the data set inflates beyond the limit of {limits.inflate_bytes} bytes")
                 if self._inflated > max(_INFLATE_FLOOR, limits.inflate_ratio * self._byte_count):
@@ -251,10 +259,10 @@ class DataSetScanner:
                 inflater.decompress(data)
         except zlib.error as error:
             raise InvalidInstance(f"the compressed stream is no raw deflate near byte {self._byte_count} (PS3.5 A.5)") from error
-        if inflater.eof and inflater.unused_data not in (b"", b"\0"):
+        if len(inflater.unused_data) > _GZIP_TRAILER.size + 1:
             raise InvalidInstance("bytes follow the end of the compressed stream; only one NUL may (PS3.5 A.5)")
 
-    def _scan(self, data: bytes | memoryview) -> None:  # noqa: PLR0915 - one deep thing
+    def _scan(self, data: bytes | memoryview) -> None:
         """Walk the elements in `data`, which begins where the last call ended."""
         end = len(data)
         pos = 0
@@ -525,8 +533,8 @@ class DataSetScanner:
             self._refuse(self._stack[-1][4] if last == _FIRST_TAG else last, self._at, f"the data set ends inside {what}")
 
     def _refuse(self, tag: int, offset: int, what: str) -> NoReturn:
-        where = "of the inflated data set " if self._syntax.deflated else ""
-        raise InvalidInstance(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) at byte {offset} {where}: {what}".replace(" :", ":"))
+        where = " of the inflated data set" if self._syntax.deflated else ""
+        raise InvalidInstance(f"({tag >> 16:04X},{tag & 0xFFFF:04X}) at byte {offset}{where}: {what}")
 
     def _refuse_length(self, tag: int, offset: int, length: int) -> NoReturn:
         around = "the enclosing sequence or item" if self._stack else "the limit on the instance's size"

@@ -1,0 +1,304 @@
+"""Sealed objects: what an instance looks like at rest, and the keys that open it.
+
+An object is four parts, one after the other::
+
+    header    "DNSEALED" · version u16 · three fields, each u16 length + bytes: key id, wrapped data key, object key
+    body      Tink streaming AEAD, AES256-GCM-HKDF, segments of 1 MiB: 40 bytes (40, salt 32, nonce prefix 7), then the segments
+    footer    AES-256-GCM: the record of the instance as JSON
+    trailer   body length u64 · footer length u32 · "DNFOOTER"
+
+Numbers are big-endian. The data key is fresh for each object and wrapped by a key-encryption key (AES-KW, RFC 3394). The header is the
+body's associated data, so key id, version and object key cannot be exchanged; the footer is bound to the header and to the body's
+length. Header and trailer have one encoding only, and sizes must add up to the size of the object: no byte is free to change.
+
+Anybody with the data key opens the body with Tink itself: a raw AES256_GCM_HKDF_1MB key whose material is the data key, and the header
+as associated data.
+
+References
+----------
+Tink, "AES-GCM-HKDF Streaming AEAD"; RFC 3394 AES Key Wrap; RFC 5869 HKDF; NIST SP 800-38D
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from storage.errors import IntegrityError
+from storage.keys import FileKeyring, Keyring, derive_key
+from storage.records import SealedObject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from typing_extensions import Buffer
+
+__all__ = ["FileKeyring", "Keyring", "Opener", "Sealer"]
+
+VERSION: Final = 1
+SEGMENT: Final = 1_048_576
+"""Ciphertext bytes of a full segment, tag included."""
+FOOTER_LIMIT: Final = 16_777_216
+"""Most bytes of an encrypted footer."""
+
+_MAGIC = b"DNSEALED"
+_TRAILER = struct.Struct(">QI8s")
+_TRAILER_MAGIC = b"DNFOOTER"
+_TAG = 16
+_PREFIX = 7
+_SALT = 32
+_BODY_HEADER = 1 + _SALT + _PREFIX
+_FULL = SEGMENT - _TAG
+"""Plaintext bytes of a full segment; the first has the body header less."""
+_FOOTER_PURPOSE = b"dicom-node object footer 1"
+_HEAD_READ = 4096
+_TAIL_READ = 16_384
+
+
+def _header(key_id: str, wrapped: bytes, object_key: str) -> bytes:
+    fields = (key_id.encode("ascii"), wrapped, object_key.encode("ascii"))
+    return _MAGIC + struct.pack(">H", VERSION) + b"".join(struct.pack(">H", len(field)) + field for field in fields)
+
+
+def _nonce(prefix: bytes, segment: int, *, last: bool) -> bytes:
+    return prefix + struct.pack(">IB", segment, last)
+
+
+class Sealer:
+    """Seals one instance as it streams by; memory is two segments whatever its size.
+
+    Parameters
+    ----------
+    keyring : Keyring
+        Wraps the data key.
+    object_key : str
+        ASCII; the object opens under this key only.
+    sink : callable
+        Takes the sealed bytes in order. It must be done with a buffer when it returns: the next segment is written over it.
+    """
+
+    def __init__(self, keyring: Keyring, object_key: str, sink: Callable[[Buffer], object]) -> None:
+        data_key = os.urandom(32)
+        self._key_id, wrapped = keyring.wrap(data_key)
+        self._object_key = object_key
+        self._sink = sink
+        self._header = _header(self._key_id, wrapped, object_key)
+        salt = os.urandom(_SALT)
+        self._prefix = os.urandom(_PREFIX)
+        self._cipher = AESGCM(derive_key(data_key, salt=salt, info=self._header))
+        self._footer_cipher = AESGCM(derive_key(data_key, salt=None, info=_FOOTER_PURPOSE))
+        self._digest = hashlib.sha256()
+        self._byte_count = 0
+        self._segment = 0
+        self._room = _FULL - _BODY_HEADER
+        # grown on demand: most instances are far smaller than a segment
+        self._plain = bytearray()
+        self._sealed = bytearray()
+        self._emit(self._header)
+        self._emit(bytes((_BODY_HEADER,)) + salt + self._prefix)
+
+    def update(self, chunk: Buffer) -> None:
+        """Seal the next bytes of plaintext."""
+        with memoryview(chunk) as view:
+            at = 0
+            size = len(view)
+            # a segment is sealed when a byte beyond it is known: the last one carries a mark of its own, and must not be empty
+            while size - at > self._room - len(self._plain):
+                take = self._room - len(self._plain)
+                if self._plain:
+                    self._plain += view[at : at + take]
+                    self._seal(self._plain, last=False)
+                    self._plain.clear()
+                else:
+                    self._seal(view[at : at + take], last=False)
+                at += take
+            self._plain += view[at:]
+
+    def finish(self, footer: Mapping[str, Any]) -> SealedObject:
+        """Seal what is left, and the record; return what was written.
+
+        Parameters
+        ----------
+        footer : mapping
+            JSON values only. Whoever holds the object can rebuild the index from it.
+
+        Raises
+        ------
+        ValueError
+            The footer is longer than :data:`FOOTER_LIMIT`.
+        """
+        self._seal(self._plain, last=True)
+        self._plain.clear()
+        body = self._byte_count - len(self._header)
+        text = json.dumps(footer, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode()
+        if len(text) + _TAG > FOOTER_LIMIT:
+            raise ValueError(f"the record is longer than {FOOTER_LIMIT - _TAG} bytes")
+        # the key serves this one message, so a constant nonce repeats nothing
+        sealed = self._footer_cipher.encrypt(bytes(12), text, self._header + struct.pack(">Q", body))
+        self._emit(sealed)
+        self._emit(_TRAILER.pack(body, len(sealed), _TRAILER_MAGIC))
+        return SealedObject(object_key=self._object_key, byte_count=self._byte_count, sha256=self._digest.hexdigest(), key_id=self._key_id)
+
+    def _seal(self, plain: bytearray | memoryview, *, last: bool) -> None:
+        size = len(plain) + _TAG
+        if len(self._sealed) < size:
+            self._sealed = bytearray(size)
+        with memoryview(self._sealed) as view, view[:size] as sealed:
+            self._cipher.encrypt_into(_nonce(self._prefix, self._segment, last=last), plain, None, sealed)
+            self._emit(sealed)
+        self._segment += 1
+        self._room = _FULL
+
+    def _emit(self, sealed: Buffer) -> None:
+        self._digest.update(sealed)
+        self._byte_count += len(memoryview(sealed))
+        self._sink(sealed)
+
+
+class Opener:
+    """Opens one sealed object and reads ranges of its plaintext; every byte that it returns is authenticated.
+
+    Not for several threads at a time: it keeps the segment read last.
+
+    Parameters
+    ----------
+    keyring : Keyring
+        Unwraps the data key.
+    object_key : str
+        Under which the object was asked for.
+    read_at : callable
+        ``read_at(offset, length)`` returns that many sealed bytes. Opening calls it twice, a read once for each segment it touches.
+    size : int
+        Of the sealed object in bytes.
+
+    Attributes
+    ----------
+    plaintext_size : int
+        Bytes of plaintext.
+    key_id : str
+        Of the key that wrapped the data key.
+
+    Raises
+    ------
+    IntegrityError
+        Some byte is not what was sealed, the object is cut, or it is another one. So does every method.
+    """
+
+    def __init__(self, keyring: Keyring, object_key: str, read_at: Callable[[int, int], bytes], size: int) -> None:
+        self._read_at = read_at
+        self._size = size
+        head = self._fetch(0, min(size, _HEAD_READ))
+        header, self.key_id, wrapped, stated_key = self._parse_header(head)
+        if stated_key != object_key:
+            raise IntegrityError("the object in this place is another one: it was sealed under a different object key")
+        data_key = keyring.unwrap(self.key_id, wrapped)
+        tail_at = max(size - _TAIL_READ, 0)
+        tail = head if size <= _HEAD_READ else self._fetch(tail_at, size - tail_at)
+        body, footer = self._parse_trailer(tail, len(header))
+        self._body_at = len(header)
+        self._body = body
+        sealed = tail[-_TRAILER.size - footer : -_TRAILER.size]
+        if len(sealed) < footer:
+            sealed = self._fetch(size - _TRAILER.size - footer, footer)
+        self._footer = self._open_footer(data_key, sealed, header)
+        start = len(header)
+        begin = head[start : start + _BODY_HEADER]
+        if begin[:1] != bytes((_BODY_HEADER,)):
+            raise IntegrityError("the header of the object's body is damaged")
+        self._prefix = begin[1 + _SALT :]
+        self._cipher = AESGCM(derive_key(data_key, salt=begin[1 : 1 + _SALT], info=header))
+        self._segments = max(-(-body // SEGMENT), 1)
+        self.plaintext_size = body - _BODY_HEADER - self._segments * _TAG
+        self._cached = -1
+        self._cache = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return up to `length` bytes of plaintext from `offset`; fewer only at the end."""
+        if offset < 0 or length < 0:
+            raise ValueError("offset and length must not be negative")
+        end = min(offset + length, self.plaintext_size)
+        pieces = []
+        while offset < end:
+            # counted as if the body header were plaintext of the first segment, every segment holds the same
+            segment, at = divmod(offset + _BODY_HEADER, _FULL)
+            if not segment:
+                at -= _BODY_HEADER
+            plain = self._open(segment)
+            take = min(end - offset, len(plain) - at)
+            pieces.append(plain if take == len(plain) else plain[at : at + take])
+            offset += take
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the whole plaintext, a segment at a time."""
+        for segment in range(self._segments):
+            plain = self._open(segment)
+            if plain:
+                yield plain
+
+    def footer(self) -> dict[str, Any]:
+        """Return the record, a fresh copy."""
+        record: dict[str, Any] = json.loads(self._footer)
+        return record
+
+    def verify_all(self) -> None:
+        """Open every segment; header, footer and trailer were proved at the opening."""
+        for _ in self.chunks():
+            pass
+
+    def _open(self, segment: int) -> bytes:
+        if segment != self._cached:
+            start = segment * SEGMENT if segment else _BODY_HEADER
+            end = min((segment + 1) * SEGMENT, self._body)
+            sealed = self._fetch(self._body_at + start, end - start)
+            try:
+                plain = self._cipher.decrypt(_nonce(self._prefix, segment, last=segment == self._segments - 1), sealed, None)
+            except InvalidTag as error:
+                raise IntegrityError(f"segment {segment} of the object is damaged or out of place; restore it from another copy") from error
+            self._cached, self._cache = segment, plain
+        return self._cache
+
+    def _fetch(self, offset: int, length: int) -> bytes:
+        data = self._read_at(offset, length)
+        if len(data) != length:
+            raise IntegrityError(f"the object is cut: {len(data)} bytes instead of {length} at offset {offset}")
+        return data
+
+    def _parse_header(self, head: bytes) -> tuple[bytes, str, bytes, str]:
+        if head[: len(_MAGIC)] != _MAGIC:
+            raise IntegrityError("no sealed object: it does not begin as one")
+        at = len(_MAGIC) + 2
+        if head[len(_MAGIC) : at] != struct.pack(">H", VERSION):
+            raise IntegrityError(f"the object's format is not version {VERSION}; it is damaged, or a newer release wrote it")
+        fields = []
+        for _ in range(3):
+            length = int.from_bytes(head[at : at + 2], "big")
+            fields.append(head[at + 2 : at + 2 + length])
+            at += 2 + length
+        if at + _BODY_HEADER > len(head) or not (fields[0].isascii() and fields[2].isascii()):
+            raise IntegrityError("the header of the object is damaged")
+        return head[:at], fields[0].decode("ascii"), fields[1], fields[2].decode("ascii")
+
+    def _parse_trailer(self, tail: bytes, header: int) -> tuple[int, int]:
+        if len(tail) < _TRAILER.size:
+            raise IntegrityError("the object is cut: it has no trailer")
+        body, footer, magic = _TRAILER.unpack(tail[-_TRAILER.size :])
+        if magic != _TRAILER_MAGIC or header + body + footer + _TRAILER.size != self._size:
+            raise IntegrityError("the object is cut or its trailer damaged")
+        last = (body - 1) % SEGMENT + 1 if body else 0
+        if body < _BODY_HEADER + _TAG or last < _TAG or not _TAG <= footer <= FOOTER_LIMIT:
+            raise IntegrityError("the lengths in the object's trailer are impossible")
+        return body, footer
+
+    def _open_footer(self, data_key: bytes, sealed: bytes, header: bytes) -> bytes:
+        cipher = AESGCM(derive_key(data_key, salt=None, info=_FOOTER_PURPOSE))
+        try:
+            return cipher.decrypt(bytes(12), sealed, header + struct.pack(">Q", self._body))
+        except InvalidTag as error:
+            raise IntegrityError("the object's header or record is damaged; restore it from another copy") from error
