@@ -95,16 +95,15 @@ class ArchiveSection(Section):
         "land",
         description="Success after: land = flushed on this node's disk; archive = in the store, digest confirmed. s3 needs archive.",
     )
-    on_conflict: Literal["quarantine", "refuse", "version"] = Field(
+    on_conflict: Literal["quarantine", "refuse"] = Field(
         "quarantine",
-        description="Same SOP Instance UID, other content: the first stays; the second is put aside, refused, or kept as a version.",
+        description="Same SOP Instance UID, other content: the first stays; the second is put aside, or dropped. Its sender is refused.",
     )
     min_free_bytes: int = Field(512 * 1024**2, ge=0, description="Below this much free disk, instances are refused as out of resources.")
     bucket: str = Field("", description="s3: the bucket, made beforehand.")
     prefix: str = Field("", description="s3: put before every object key.")
     endpoint_url: str = Field("", description="s3: for stores other than AWS.")
     region: str = Field("", description="s3: region name; empty: the standard chain decides.")
-    path_style: bool = Field(default=True, description="s3: bucket in the path, not in the host name.")
 
 
 class LimitsSection(Section):
