@@ -105,20 +105,20 @@ class Sealer:
 
     def update(self, chunk: Buffer) -> None:
         """Seal the next bytes of plaintext."""
-        with memoryview(chunk) as view:
-            at = 0
-            size = len(view)
-            # a segment is sealed when a byte beyond it is known: the last one carries a mark of its own, and must not be empty
-            while size - at > self._room - len(self._plain):
-                take = self._room - len(self._plain)
-                if self._plain:
-                    self._plain += view[at : at + take]
-                    self._seal(self._plain, last=False)
-                    self._plain.clear()
-                else:
-                    self._seal(view[at : at + take], last=False)
-                at += take
-            self._plain += view[at:]
+        view = memoryview(chunk)
+        at = 0
+        size = len(view)
+        # a segment is sealed when a byte beyond it is known: the last one carries a mark of its own, and must not be empty
+        while size - at > self._room - len(self._plain):
+            take = self._room - len(self._plain)
+            if self._plain:
+                self._plain += view[at : at + take]
+                self._seal(self._plain, last=False)
+                self._plain.clear()
+            else:
+                self._seal(view[at : at + take], last=False)
+            at += take
+        self._plain += view[at:]
 
     def finish(self, footer: Mapping[str, Any]) -> SealedObject:
         """Seal what is left, and the record; return what was written.
@@ -149,9 +149,9 @@ class Sealer:
         size = len(plain) + _TAG
         if len(self._sealed) < size:
             self._sealed = bytearray(size)
-        with memoryview(self._sealed) as view, view[:size] as sealed:
-            self._cipher.encrypt_into(_nonce(self._prefix, self._segment, last=last), plain, None, sealed)
-            self._emit(sealed)
+        sealed = memoryview(self._sealed)[:size]
+        self._cipher.encrypt_into(_nonce(self._prefix, self._segment, last=last), plain, None, sealed)
+        self._emit(sealed)
         self._segment += 1
         self._room = _FULL
 

@@ -178,17 +178,17 @@ class DataSetScanner:
         InvalidInstance
             As soon as it is known that these bytes can be no valid instance; names tag, byte offset and fault.
         """
-        with memoryview(chunk) as view:
-            self._digest.update(view)
-            self._byte_count += len(view)
-            if self._byte_count > self._limits.object_bytes:
-                raise InvalidInstance(
-                    f"the instance is longer than the limit of {self._limits.object_bytes} bytes; raise the limit to accept it"
-                )
-            if self._inflater is None:
-                self._scan(view)
-            else:
-                self._inflate(view)
+        view = memoryview(chunk)
+        self._digest.update(view)
+        self._byte_count += len(view)
+        if self._byte_count > self._limits.object_bytes:
+            raise InvalidInstance(
+                f"the instance is longer than the limit of {self._limits.object_bytes} bytes; raise the limit to accept it"
+            )
+        if self._inflater is None:
+            self._scan(view)
+        else:
+            self._inflate(view)
 
     def finish(self) -> Summary:
         """Say what the data set was, after its last byte.
@@ -243,6 +243,8 @@ class DataSetScanner:
         data: bytes | memoryview = view
         full = True
         try:
+            if inflater.eof:
+                inflater.decompress(data)  # which appends what follows the stream to unused_data
             while not inflater.eof and (len(data) or full):
                 piece = inflater.decompress(data, _INFLATE_STEP)
                 data = inflater.unconsumed_tail
@@ -254,9 +256,6 @@ class DataSetScanner:
                 if self._inflated > max(_INFLATE_FLOOR, limits.inflate_ratio * self._byte_count):
                     raise InvalidInstance(f"the data set inflates by more than the limit of {limits.inflate_ratio}:1")
                 self._scan(piece)
-            if inflater.eof and len(data):
-                # what follows the stream in a later chunk still goes through the inflater, which keeps it apart
-                inflater.decompress(data)
         except zlib.error as error:
             raise InvalidInstance(f"the compressed stream is no raw deflate near byte {self._byte_count} (PS3.5 A.5)") from error
         if len(inflater.unused_data) > _GZIP_TRAILER.size + 1:
