@@ -1,0 +1,1 @@
+"""Scores and gates as pure functions: no input or output, no networks."""
