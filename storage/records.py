@@ -266,6 +266,8 @@ class Query:
     keys: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     offset: int = 0
+    combined_datetime: bool = False
+    """Take a date key and its time key as one range of moments (PS3.4 C.2.2.2.5.4); else each by itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,785 @@
+"""The index: patient, study, series and instance rows; one search for QIDO-RS and C-FIND alike.
+
+Each row keeps the attributes of its level as they were received, for answers, and normalised columns, for matching
+(:mod:`storage.matching`). What a patient, study or series is called is what its **first** instance said; an instance that says otherwise
+keeps its own words in its own row, so that :meth:`Index.find` gives back what came. Two rules keep findings on the right patient:
+
+- a Study Instance UID that arrives with another Patient ID or Issuer of Patient ID is refused (:class:`ConflictingInstance`);
+- a study carries its own copy of the patient's attributes, and instances without Patient ID are one patient a study, not all the same.
+
+The counts and the modalities of a study are kept by the writer, never counted by a search.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy.exc
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    ForeignKey,
+    Integer,
+    Row,
+    Select,
+    Table,
+    Text,
+    UniqueConstraint,
+    and_,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy import (
+    Index as TableIndex,
+)
+
+from storage.database import METADATA, BigId, from_micros, generated_id, to_micros
+from storage.errors import ConflictingInstance, InstanceNotFound, InvalidQuery
+from storage.matching import column_names, combined, condition, keys_present, normalised, text
+from storage.records import INDEXED, InstanceRecord, Level, Match, Origin, Query, ReportRecord, SealedObject, Summary
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from storage.database import Database
+
+_DEPTH = {Level.PATIENT: 0, Level.STUDY: 1, Level.SERIES: 2, Level.INSTANCE: 3}
+_KNOWN_SERIES = 4096
+_PAGE = 500
+
+
+def _matching_columns(*levels: Level) -> list[Column[Any]]:
+    return [
+        Column(name, Text, nullable=False)
+        for keyword, (level, vr) in INDEXED.items()
+        if level in levels
+        for name in column_names(keyword, vr)
+    ]
+
+
+def _storage_columns() -> list[Column[Any]]:
+    return [
+        Column("role", Text, nullable=False),
+        Column("transfer_syntax_uid", Text, nullable=False),
+        Column("byte_count", BigInteger, nullable=False),
+        Column("sha256", Text, nullable=False),
+        Column("object_key", Text, nullable=False, unique=True),
+        Column("sealed_byte_count", BigInteger, nullable=False),
+        Column("sealed_sha256", Text, nullable=False),
+        Column("key_id", Text, nullable=False),
+        Column("received_at", BigInteger, nullable=False),
+        Column("extra", Text, nullable=False),
+        Column("attributes", Text, nullable=False),
+    ]
+
+
+PATIENTS = Table(
+    "patients",
+    METADATA,
+    Column("id", BigId, primary_key=True),
+    Column("identity", Text, nullable=False, unique=True),
+    *_matching_columns(Level.PATIENT),
+    Column("attributes", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+STUDIES = Table(
+    "studies",
+    METADATA,
+    Column("id", BigId, primary_key=True),
+    Column("patient_ref", BigInteger, ForeignKey("patients.id"), nullable=False, index=True),
+    *_matching_columns(Level.PATIENT, Level.STUDY),
+    Column("modalities", Text, nullable=False),
+    Column("sop_classes", Text, nullable=False),
+    Column("series_count", Integer, nullable=False),
+    Column("instance_count", Integer, nullable=False),
+    Column("attributes", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+SERIES = Table(
+    "series",
+    METADATA,
+    Column("id", BigId, primary_key=True),
+    Column("study_ref", BigInteger, ForeignKey("studies.id"), nullable=False),
+    *_matching_columns(Level.SERIES),
+    Column("instance_count", Integer, nullable=False),
+    Column("attributes", Text, nullable=False),
+    UniqueConstraint("study_ref", "series_instance_uid"),
+    sqlite_autoincrement=True,
+)
+INSTANCES = Table(
+    "instances",
+    METADATA,
+    Column("id", BigId, primary_key=True),
+    Column("series_ref", BigInteger, ForeignKey("series.id"), nullable=False, index=True),
+    *_matching_columns(Level.INSTANCE),
+    *_storage_columns(),
+    UniqueConstraint("sop_instance_uid"),
+    sqlite_autoincrement=True,
+)
+QUARANTINE = Table(
+    "quarantine",
+    METADATA,
+    Column("id", BigId, primary_key=True),
+    Column("sop_class_uid", Text, nullable=False),
+    Column("sop_instance_uid", Text, nullable=False),
+    Column("study_instance_uid", Text, nullable=False),
+    Column("series_instance_uid", Text, nullable=False),
+    *_storage_columns(),
+    Column("reason", Text, nullable=False),
+    Column("quarantined_at", BigInteger, nullable=False),
+    UniqueConstraint("sop_instance_uid", "sha256"),
+    sqlite_autoincrement=True,
+)
+REPORTS = Table(
+    "reports",
+    METADATA,
+    Column("sop_instance_uid", Text, ForeignKey("instances.sop_instance_uid"), primary_key=True),
+    Column("source_sop_instance_uid", Text, ForeignKey("instances.sop_instance_uid"), nullable=False, index=True),
+    Column("kind", Text, nullable=False),
+    Column("models", Text, nullable=False),
+)
+# The order of answers, and in it everything that a viewer's study list filters by: such a search reads this index and nothing else.
+TableIndex(
+    "ix_studies_list",
+    STUDIES.c.study_date,
+    STUDIES.c.study_time,
+    STUDIES.c.study_instance_uid,
+    STUDIES.c.patient_name_alphabetic,
+    STUDIES.c.patient_name_ideographic,
+    STUDIES.c.patient_name_phonetic,
+    STUDIES.c.patient_id,
+    STUDIES.c.accession_number,
+    STUDIES.c.study_description,
+    STUDIES.c.modalities,
+)
+TableIndex("ix_studies_study_instance_uid", STUDIES.c.study_instance_uid, unique=True)
+TableIndex("ix_studies_patient_id", STUDIES.c.patient_id)
+TableIndex("ix_studies_accession_number", STUDIES.c.accession_number)
+TableIndex("ix_studies_patient_name", STUDIES.c.patient_name_alphabetic)
+TableIndex("ix_patients_patient_id", PATIENTS.c.patient_id)
+TableIndex("ix_series_series_instance_uid", SERIES.c.series_instance_uid)
+
+_STORAGE = [column.name for column in _storage_columns()]
+_TABLE_OF = {Level.PATIENT: STUDIES, Level.STUDY: STUDIES, Level.SERIES: SERIES, Level.INSTANCE: INSTANCES}
+_NEWEST_STUDY = (STUDIES.c.study_date.desc(), STUDIES.c.study_time.desc(), STUDIES.c.study_instance_uid.desc())
+_SERIES_JOIN = SERIES.join(STUDIES, SERIES.c.study_ref == STUDIES.c.id)
+_INSTANCE_JOIN = INSTANCES.join(SERIES, INSTANCES.c.series_ref == SERIES.c.id).join(STUDIES, SERIES.c.study_ref == STUDIES.c.id)
+
+# level -> (rows of, key, order of answers)
+_SEARCH: Mapping[Level, tuple[Any, Column[Any], tuple[ColumnElement[Any], ...]]] = {
+    Level.PATIENT: (PATIENTS, PATIENTS.c.id, (PATIENTS.c.patient_id, PATIENTS.c.id)),
+    Level.STUDY: (STUDIES, STUDIES.c.id, _NEWEST_STUDY),
+    Level.SERIES: (_SERIES_JOIN, SERIES.c.id, (*_NEWEST_STUDY, SERIES.c.series_instance_uid)),
+    Level.INSTANCE: (_INSTANCE_JOIN, INSTANCES.c.id, (*_NEWEST_STUDY, SERIES.c.series_instance_uid, INSTANCES.c.sop_instance_uid)),
+}
+_STUDY_ANSWER = (
+    STUDIES.c.id.label("study"),
+    STUDIES.c.attributes.label("study_attributes"),
+    STUDIES.c.modalities,
+    STUDIES.c.sop_classes,
+    STUDIES.c.series_count,
+    STUDIES.c.instance_count,
+)
+_SERIES_ANSWER = (SERIES.c.id.label("series"), SERIES.c.attributes.label("series_attributes"), SERIES.c.instance_count.label("in_series"))
+_ANSWER: Mapping[Level, tuple[ColumnElement[Any], ...]] = {
+    Level.PATIENT: (PATIENTS.c.attributes.label("patient_attributes"),),
+    Level.STUDY: _STUDY_ANSWER,
+    Level.SERIES: (*_STUDY_ANSWER, *_SERIES_ANSWER),
+    Level.INSTANCE: (*_STUDY_ANSWER, *_SERIES_ANSWER, INSTANCES.c.attributes.label("own_attributes")),
+}
+_RECORD = select(
+    STUDIES.c.study_instance_uid,
+    SERIES.c.series_instance_uid,
+    INSTANCES.c.sop_class_uid,
+    INSTANCES.c.sop_instance_uid,
+    STUDIES.c.attributes.label("study_attributes"),
+    SERIES.c.attributes.label("series_attributes"),
+    *(INSTANCES.c[name] for name in _STORAGE),
+).select_from(_INSTANCE_JOIN)
+_FIND = _RECORD.where(INSTANCES.c.sop_instance_uid == bindparam("uid"))
+_FIND_SERIES = (
+    select(
+        STUDIES.c.id.label("study_ref"),
+        STUDIES.c.attributes.label("study_attributes"),
+        STUDIES.c.sop_classes,
+        SERIES.c.id.label("series_ref"),
+        SERIES.c.attributes.label("series_attributes"),
+    )
+    .select_from(STUDIES.outerjoin(SERIES, and_(SERIES.c.study_ref == STUDIES.c.id, SERIES.c.series_instance_uid == bindparam("series"))))
+    .where(STUDIES.c.study_instance_uid == bindparam("study"))
+    .with_for_update(of=STUDIES)
+)
+_FIND_PATIENT = select(PATIENTS.c.id).where(PATIENTS.c.identity == bindparam("identity_"))
+_FIND_SETS = select(STUDIES.c.modalities, STUDIES.c.sop_classes).where(STUDIES.c.id == bindparam("ref")).with_for_update()
+_SET_SETS = (
+    update(STUDIES).where(STUDIES.c.id == bindparam("ref")).values(modalities=bindparam("modalities_"), sop_classes=bindparam("classes_"))
+)
+_COUNT_SERIES = update(STUDIES).where(STUDIES.c.id == bindparam("ref")).values(series_count=STUDIES.c.series_count + 1)
+_COUNT_IN_STUDY = update(STUDIES).where(STUDIES.c.id == bindparam("ref")).values(instance_count=STUDIES.c.instance_count + 1)
+_COUNT_IN_SERIES = update(SERIES).where(SERIES.c.id == bindparam("ref")).values(instance_count=SERIES.c.instance_count + 1)
+_ADD_PATIENT = insert(PATIENTS)
+_ADD_STUDY = insert(STUDIES)
+_ADD_SERIES = insert(SERIES)
+_ADD_INSTANCE = insert(INSTANCES).inline()
+_ADD_QUARANTINE = insert(QUARANTINE).inline()
+_ADD_REPORT = insert(REPORTS).inline()
+_FIND_QUARANTINED = select(QUARANTINE.c.id).where(
+    QUARANTINE.c.sop_instance_uid == bindparam("uid"), QUARANTINE.c.sha256 == bindparam("digest")
+)
+_FIND_REPORT = select(REPORTS).where(REPORTS.c.sop_instance_uid == bindparam("uid"))
+_REPORTS_OF = (
+    select(REPORTS).where(REPORTS.c.source_sop_instance_uid == bindparam("uid")).order_by(REPORTS.c.kind, REPORTS.c.sop_instance_uid)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedObject:
+    """A sealed object that the index knows, for comparing store and index."""
+
+    object_key: str
+    sop_instance_uid: str
+    byte_count: int
+    """Of the sealed bytes."""
+    sha256: str
+    """Over the sealed bytes."""
+    key_id: str
+    quarantined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinedInstance:
+    """An instance that was kept aside: another of its UID, or its study with another patient, was there first."""
+
+    id: int
+    record: InstanceRecord
+    reason: str
+    quarantined_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownSeries:
+    """A committed series: what an instance of it needs to be filed."""
+
+    study_ref: int
+    series_ref: int
+    parents: Mapping[str, list[str]]
+    sop_classes: frozenset[str]
+
+
+class Index:
+    """Files instances under their patients, studies and series, and finds them again.
+
+    Parameters
+    ----------
+    database
+        Methods that take a ``connection`` run inside of its ``write``.
+    """
+
+    def __init__(self, *, database: Database) -> None:
+        self._database = database
+        self._known: dict[tuple[str, str], _KnownSeries] = {}  # touched by the writer thread only, and after a commit only
+
+    # -- filing ------------------------------------------------------------------------------------------------------------------
+
+    def add(self, connection: Connection, record: InstanceRecord) -> None:
+        """File an instance, making its patient, study and series where they are new.
+
+        Raises
+        ------
+        ConflictingInstance
+            The SOP Instance UID is filed already, or its study belongs to another patient.
+        """
+        summary = record.summary
+        values = _attributes(summary)
+        place = (summary.study_instance_uid, summary.series_instance_uid)
+        series = self._known.get(place) or self._series(connection, values)
+        if _identity(values) != _identity(series.parents):
+            raise ConflictingInstance(
+                "the study is archived with another Patient ID or Issuer of Patient ID: compare both, and correct the one that is wrong"
+            )
+        if summary.sop_class_uid not in series.sop_classes:
+            series = self._extend(connection, series, summary.sop_class_uid)
+        own = {keyword: list(value) for keyword, value in values.items() if series.parents.get(keyword) != list(value)}
+        own.update((keyword, []) for keyword in series.parents.keys() - values.keys())
+        row = {"series_ref": series.series_ref, **_matching_values(values, Level.INSTANCE), **_storage_values(record, own)}
+        try:
+            connection.execute(_ADD_INSTANCE, row)
+        except sqlalchemy.exc.IntegrityError as error:
+            raise ConflictingInstance("an instance of this SOP Instance UID is archived already") from error
+        connection.execute(_COUNT_IN_SERIES, {"ref": series.series_ref})
+        connection.execute(_COUNT_IN_STUDY, {"ref": series.study_ref})
+        if self._known.get(place) is not series:
+            self._database.on_commit(lambda: self._remember(place, series))
+
+    def _remember(self, place: tuple[str, str], series: _KnownSeries) -> None:
+        while len(self._known) >= _KNOWN_SERIES:
+            del self._known[next(iter(self._known))]
+        self._known[place] = series
+
+    def _series(self, connection: Connection, values: Mapping[str, tuple[str, ...]]) -> _KnownSeries:
+        """Find or make the series of an instance with these attributes, and its study and patient."""
+        study_uid, series_uid = values["StudyInstanceUID"][0], values["SeriesInstanceUID"][0]
+        found = connection.execute(_FIND_SERIES, {"study": study_uid, "series": series_uid}).first()
+        if found is None:
+            of_study = _of_levels(values, Level.PATIENT, Level.STUDY)
+            study_ref = self._add_study(connection, values, of_study)
+            classes: frozenset[str] = frozenset()
+        else:
+            of_study, study_ref, classes = json.loads(found.study_attributes), found.study_ref, frozenset(_members(found.sop_classes))
+        if _identity(of_study) != _identity(values):
+            # add() refuses it: no series is made for an instance that is not filed
+            return _KnownSeries(study_ref, 0, of_study, classes)
+        if found is not None and found.series_ref is not None:
+            return _KnownSeries(study_ref, found.series_ref, {**of_study, **json.loads(found.series_attributes)}, classes)
+        of_series = _of_levels(values, Level.SERIES)
+        made = connection.execute(
+            _ADD_SERIES,
+            {"study_ref": study_ref, **_matching_values(values, Level.SERIES), "instance_count": 0, "attributes": _dump(of_series)},
+        )
+        connection.execute(_COUNT_SERIES, {"ref": study_ref})
+        modality = normalised("CS", values.get("Modality", ()))[0]
+        if modality:
+            sets = connection.execute(_FIND_SETS, {"ref": study_ref}).one()
+            connection.execute(
+                _SET_SETS, {"ref": study_ref, "modalities_": _joined(sets.modalities, modality), "classes_": sets.sop_classes}
+            )
+        return _KnownSeries(study_ref, generated_id(made), {**of_study, **of_series}, classes)
+
+    def _add_study(self, connection: Connection, values: Mapping[str, tuple[str, ...]], of_study: Mapping[str, list[str]]) -> int:
+        patient_id, issuer = _identity(values)
+        identity = _dump([patient_id, issuer] if patient_id else [values["StudyInstanceUID"][0]])
+        patient_ref = connection.execute(_FIND_PATIENT, {"identity_": identity}).scalar()
+        if patient_ref is None:
+            of_patient = _of_levels(values, Level.PATIENT)
+            made = connection.execute(
+                _ADD_PATIENT, {"identity": identity, **_matching_values(values, Level.PATIENT), "attributes": _dump(of_patient)}
+            )
+            patient_ref = generated_id(made)
+        made = connection.execute(
+            _ADD_STUDY,
+            {
+                "patient_ref": patient_ref,
+                **_matching_values(values, Level.PATIENT, Level.STUDY),
+                "modalities": "",
+                "sop_classes": "",
+                "series_count": 0,
+                "instance_count": 0,
+                "attributes": _dump(of_study),
+            },
+        )
+        return generated_id(made)
+
+    def _extend(self, connection: Connection, series: _KnownSeries, sop_class_uid: str) -> _KnownSeries:
+        """Note a SOP class that the study had not; what another process noted meanwhile stays."""
+        sets = connection.execute(_FIND_SETS, {"ref": series.study_ref}).one()
+        classes = _joined(sets.sop_classes, sop_class_uid)
+        if classes != sets.sop_classes:
+            connection.execute(_SET_SETS, {"ref": series.study_ref, "modalities_": sets.modalities, "classes_": classes})
+        return _KnownSeries(series.study_ref, series.series_ref, series.parents, frozenset(_members(classes)))
+
+    def quarantine(self, connection: Connection, record: InstanceRecord, reason: str) -> bool:
+        """Note an instance that is kept aside, for an operator to judge.
+
+        Returns
+        -------
+        bool
+            False when the same content is in quarantine already (a sender that tries again): nothing was written, drop the new object.
+        """
+        summary = record.summary
+        if connection.execute(_FIND_QUARANTINED, {"uid": summary.sop_instance_uid, "digest": summary.sha256}).first() is not None:
+            return False
+        attributes = {keyword: list(value) for keyword, value in _attributes(summary).items()}
+        connection.execute(
+            _ADD_QUARANTINE,
+            {
+                "sop_class_uid": summary.sop_class_uid,
+                "sop_instance_uid": summary.sop_instance_uid,
+                "study_instance_uid": summary.study_instance_uid,
+                "series_instance_uid": summary.series_instance_uid,
+                **_storage_values(record, attributes),
+                "reason": reason,
+                "quarantined_at": to_micros(self._database.clock()),
+            },
+        )
+        return True
+
+    def quarantined(self) -> list[QuarantinedInstance]:
+        """Return what is in quarantine, oldest first."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(QUARANTINE).order_by(QUARANTINE.c.id)).all()
+        return [
+            QuarantinedInstance(row.id, _record(row, json.loads(row.attributes)), row.reason, from_micros(row.quarantined_at))
+            for row in rows
+        ]
+
+    # -- finding -----------------------------------------------------------------------------------------------------------------
+
+    def find(self, sop_instance_uid: str) -> InstanceRecord:
+        """Return the record of an instance.
+
+        Raises
+        ------
+        InstanceNotFound
+            No such instance.
+        """
+        with self._database.read() as connection:
+            record = self.find_in(connection, sop_instance_uid)
+        if record is None:
+            raise InstanceNotFound("no instance of this SOP Instance UID is archived")
+        return record
+
+    def find_in(self, connection: Connection, sop_instance_uid: str) -> InstanceRecord | None:
+        """Return the record of an instance as the transaction of `connection` sees it, None when there is none."""
+        row = connection.execute(_FIND, {"uid": sop_instance_uid}).first()
+        return None if row is None else _record(row, _own_words(row, {}))
+
+    def instances(
+        self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None
+    ) -> list[InstanceRecord]:
+        """Return the instances of a study, a series, or the one instance, by series and instance number, then UID.
+
+        Raises
+        ------
+        InstanceNotFound
+            None such: also when the instance exists, but under another study or series.
+        """
+        statement = _RECORD.where(STUDIES.c.study_instance_uid == study_instance_uid)
+        if series_instance_uid is not None:
+            statement = statement.where(SERIES.c.series_instance_uid == series_instance_uid)
+        if sop_instance_uid is not None:
+            statement = statement.where(INSTANCES.c.sop_instance_uid == sop_instance_uid)
+        with self._database.read() as connection:
+            rows = connection.execute(statement).all()
+        if not rows:
+            raise InstanceNotFound("no such study, series or instance is archived")
+        parsed: dict[str, Any] = {}
+        return sorted((_record(row, _own_words(row, parsed)) for row in rows), key=_in_order)
+
+    def match(self, query: Query) -> list[Match]:
+        """Return what matches, newest study first, then by UID: a stable order over pages.
+
+        Raises
+        ------
+        InvalidQuery
+            A key that is not indexed or belongs to a lower level; a value that is none of its value representation; a negative limit.
+        """
+        statement = self._search(query)
+        with self._database.read() as connection:
+            keys = [row[0] for row in connection.execute(statement)]
+            rows: dict[int, Row[Any]] = {}
+            source, key, _ = _SEARCH[query.level]
+            for start in range(0, len(keys), _PAGE):
+                page = select(key.label("key"), *_ANSWER[query.level]).select_from(source).where(key.in_(keys[start : start + _PAGE]))
+                rows.update((row.key, row) for row in connection.execute(page))
+        parsed: dict[str, Any] = {}
+        return [Match(_answer(rows[key], query.level, parsed)) for key in keys]
+
+    def count(self, query: Query) -> int:
+        """Return how many match, whatever limit and offset.
+
+        Raises
+        ------
+        InvalidQuery
+            As :meth:`match`.
+        """
+        source, _, _ = _SEARCH[query.level]
+        with self._database.read() as connection:
+            return int(connection.execute(select(func.count()).select_from(source).where(*_conditions(query))).scalar_one())
+
+    def _search(self, query: Query) -> Select[Any]:
+        if query.offset < 0 or (query.limit is not None and query.limit < 0):
+            raise InvalidQuery("limit and offset must not be negative")
+        source, key, order = _SEARCH[query.level]
+        statement = select(key).select_from(source).where(*_conditions(query)).order_by(*order)
+        if query.limit is not None:
+            statement = statement.limit(query.limit)
+        return statement.offset(query.offset) if query.offset else statement
+
+    # -- reports and objects -----------------------------------------------------------------------------------------------------
+
+    def add_report(self, connection: Connection, report: ReportRecord) -> None:
+        """Note what a report was made from; both instances must be filed. The same again changes nothing.
+
+        Raises
+        ------
+        ConflictingInstance
+            The report is noted with another source, kind or models.
+        """
+        values = {
+            "sop_instance_uid": report.sop_instance_uid,
+            "source_sop_instance_uid": report.source_sop_instance_uid,
+            "kind": report.kind,
+            "models": _dump(dict(sorted(report.models.items()))),
+        }
+        found = connection.execute(_FIND_REPORT, {"uid": report.sop_instance_uid}).first()
+        if found is None:
+            connection.execute(_ADD_REPORT, values)
+        elif dict(found._mapping) != values:  # noqa: SLF001 - SQLAlchemy's public accessor
+            raise ConflictingInstance("the report is archived with another source or other models")
+
+    def reports_of(self, source_sop_instance_uid: str) -> list[ReportRecord]:
+        """Return the reports made from an instance, by kind."""
+        with self._database.read() as connection:
+            return [_report(row) for row in connection.execute(_REPORTS_OF, {"uid": source_sop_instance_uid})]
+
+    def source_of(self, report_sop_instance_uid: str) -> str:
+        """Return the SOP Instance UID of what a report was made from.
+
+        Raises
+        ------
+        InstanceNotFound
+            No report made here has this UID.
+        """
+        with self._database.read() as connection:
+            row = connection.execute(_FIND_REPORT, {"uid": report_sop_instance_uid}).first()
+        if row is None:
+            raise InstanceNotFound("no report of this SOP Instance UID was made here")
+        return str(row.source_sop_instance_uid)
+
+    def all_objects(self) -> Iterator[ArchivedObject]:
+        """Give every sealed object that the index knows, quarantine included, page by page (no long snapshot)."""
+        for table in (INSTANCES, QUARANTINE):
+            after = 0
+            page = (
+                select(
+                    table.c.id,
+                    table.c.object_key,
+                    table.c.sop_instance_uid,
+                    table.c.sealed_byte_count,
+                    table.c.sealed_sha256,
+                    table.c.key_id,
+                )
+                .where(table.c.id > bindparam("after"))
+                .order_by(table.c.id)
+                .limit(_PAGE)
+            )
+            while True:
+                with self._database.read() as connection:
+                    rows = connection.execute(page, {"after": after}).all()
+                if not rows:
+                    break
+                for row in rows:
+                    yield ArchivedObject(*row[1:], quarantined=table is QUARANTINE)
+                after = rows[-1].id
+
+    def known_objects(self, object_keys: Iterable[str]) -> set[str]:
+        """Return those of `object_keys` that the index knows; the others are orphans of a crash."""
+        wanted, known = list(object_keys), set[str]()
+        with self._database.read() as connection:
+            for start in range(0, len(wanted), _PAGE):
+                for table in (INSTANCES, QUARANTINE):
+                    page = select(table.c.object_key).where(table.c.object_key.in_(wanted[start : start + _PAGE]))
+                    known.update(row[0] for row in connection.execute(page))
+        return known
+
+
+# -- from records to rows ------------------------------------------------------------------------------------------------------------
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _attributes(summary: Summary) -> dict[str, tuple[str, ...]]:
+    """Return the indexed attributes, the four UIDs as the scanner judged them."""
+    return {
+        **{keyword: value for keyword, value in summary.attributes.items() if keyword in INDEXED},
+        "SOPClassUID": (summary.sop_class_uid,),
+        "SOPInstanceUID": (summary.sop_instance_uid,),
+        "StudyInstanceUID": (summary.study_instance_uid,),
+        "SeriesInstanceUID": (summary.series_instance_uid,),
+    }
+
+
+def _of_levels(values: Mapping[str, tuple[str, ...]], *levels: Level) -> dict[str, list[str]]:
+    return {keyword: list(value) for keyword, value in values.items() if INDEXED[keyword][0] in levels}
+
+
+def _identity(values: Mapping[str, Any]) -> tuple[str, str]:
+    patient_id, issuer = values.get("PatientID"), values.get("IssuerOfPatientID")
+    return (patient_id[0].strip() if patient_id else "", issuer[0].strip() if issuer else "")
+
+
+def _matching_values(values: Mapping[str, tuple[str, ...]], *levels: Level) -> dict[str, str]:
+    row: dict[str, str] = {}
+    for keyword, (level, vr) in INDEXED.items():
+        if level in levels:
+            row.update(zip(_COLUMN_NAMES[keyword], normalised(vr, values.get(keyword, ())), strict=True))
+    return row
+
+
+_COLUMN_NAMES = {keyword: column_names(keyword, vr) for keyword, (_, vr) in INDEXED.items()}
+
+
+def _storage_values(record: InstanceRecord, attributes: Mapping[str, list[str]]) -> dict[str, Any]:
+    summary, sealed, origin = record.summary, record.sealed, record.origin
+    extra = {
+        "door": origin.door,
+        "address": origin.address,
+        "calling": origin.calling_ae_title,
+        "called": origin.called_ae_title,
+        "peer": origin.peer,
+        "charset": summary.specific_character_set,
+        "pixels": summary.has_pixel_data,
+        "pixel_offset": summary.pixel_data_offset,
+        "title": summary.document_title_code,
+        "model": summary.manufacturer_model_name,
+        "software": summary.software_versions,
+    }
+    return {
+        "role": record.role,
+        "transfer_syntax_uid": summary.transfer_syntax_uid,
+        "byte_count": summary.byte_count,
+        "sha256": summary.sha256,
+        "object_key": sealed.object_key,
+        "sealed_byte_count": sealed.byte_count,
+        "sealed_sha256": sealed.sha256,
+        "key_id": sealed.key_id,
+        "received_at": to_micros(origin.received_at),
+        "extra": _dump(extra),
+        "attributes": _dump(attributes),
+    }
+
+
+def _joined(members: str, member: str) -> str:
+    r"""Add to a set written ``\A\B\``, the form in which one LIKE finds a member."""
+    found = {*_members(members), member}
+    return "\\" + "\\".join(sorted(found)) + "\\"
+
+
+def _members(members: str) -> list[str]:
+    return [member for member in members.split("\\") if member]
+
+
+# -- from rows to records ------------------------------------------------------------------------------------------------------------
+
+
+def _parents(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
+    merged: dict[str, list[str]] = {}
+    for written in (row.study_attributes, row.series_attributes):
+        if written not in parsed:
+            parsed[written] = json.loads(written)
+        merged.update(parsed[written])
+    return merged
+
+
+def _own_words(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the attributes as this very instance said them: what it has from its parents, and where it differs."""
+    merged = _parents(row, parsed)
+    merged.update(json.loads(row.attributes))
+    return merged
+
+
+def _record(row: Row[Any], attributes: Mapping[str, list[str]]) -> InstanceRecord:
+    extra = json.loads(row.extra)
+    return InstanceRecord(
+        summary=Summary(
+            sop_class_uid=row.sop_class_uid,
+            sop_instance_uid=row.sop_instance_uid,
+            study_instance_uid=row.study_instance_uid,
+            series_instance_uid=row.series_instance_uid,
+            transfer_syntax_uid=row.transfer_syntax_uid,
+            byte_count=row.byte_count,
+            sha256=row.sha256,
+            attributes={keyword: tuple(value) for keyword, value in attributes.items()},
+            specific_character_set=tuple(extra["charset"]),
+            has_pixel_data=extra["pixels"],
+            pixel_data_offset=extra["pixel_offset"],
+            document_title_code=extra["title"],
+            manufacturer_model_name=extra["model"],
+            software_versions=extra["software"],
+        ),
+        sealed=SealedObject(row.object_key, row.sealed_byte_count, row.sealed_sha256, row.key_id),
+        origin=Origin(extra["door"], from_micros(row.received_at), extra["address"], extra["calling"], extra["called"], extra["peer"]),
+        role=row.role,
+    )
+
+
+def _in_order(record: InstanceRecord) -> tuple[int, str, int, str]:
+    summary = record.summary
+    series_number = normalised("IS", summary.attributes.get("SeriesNumber", ()))[0]
+    number = normalised("IS", summary.attributes.get("InstanceNumber", ()))[0]
+    return int(series_number or 0), summary.series_instance_uid, int(number or 0), summary.sop_instance_uid
+
+
+def _report(row: Row[Any]) -> ReportRecord:
+    return ReportRecord(row.sop_instance_uid, row.source_sop_instance_uid, row.kind, json.loads(row.models))
+
+
+def _answer(row: Row[Any], level: Level, parsed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    if level is Level.PATIENT:
+        return {keyword: tuple(value) for keyword, value in json.loads(row.patient_attributes).items()}
+    merged: dict[str, list[str]] = json.loads(row.study_attributes) if level is Level.STUDY else _parents(row, parsed)
+    if level is Level.INSTANCE:
+        merged.update(
+            (keyword, value) for keyword, value in json.loads(row.own_attributes).items() if INDEXED[keyword][0] is Level.INSTANCE
+        )
+    answer = {keyword: tuple(value) for keyword, value in merged.items()}
+    answer["ModalitiesInStudy"] = tuple(_members(row.modalities))
+    answer["SOPClassesInStudy"] = tuple(_members(row.sop_classes))
+    answer["NumberOfStudyRelatedSeries"] = (str(row.series_count),)
+    answer["NumberOfStudyRelatedInstances"] = (str(row.instance_count),)
+    if level is not Level.STUDY:
+        answer["NumberOfSeriesRelatedInstances"] = (str(row.in_series),)
+    return answer
+
+
+# -- from queries to conditions ------------------------------------------------------------------------------------------------------
+
+_PAIRS = {
+    "StudyDate": "StudyTime",
+    "SeriesDate": "SeriesTime",
+    "PerformedProcedureStepStartDate": "PerformedProcedureStepStartTime",
+    "ContentDate": "ContentTime",
+}
+
+
+def _conditions(query: Query) -> list[ColumnElement[bool]]:
+    keys = keys_present(query.keys)
+    conditions: list[ColumnElement[bool]] = []
+    if query.combined_datetime:
+        for date, moment in _PAIRS.items():
+            if date in keys and moment in keys and _DEPTH[INDEXED[date][0]] <= _DEPTH[query.level]:
+                pair = (_columns(query.level, date)[0], keys.pop(date)), (_columns(query.level, moment)[0], keys.pop(moment))
+                conditions.append(combined(*pair, keywords=(date, moment)))
+    for keyword, value in keys.items():
+        if keyword == "ModalitiesInStudy" and query.level is not Level.PATIENT:
+            conditions.append(_modality(value))
+            continue
+        if keyword not in INDEXED:
+            raise InvalidQuery(f"{keyword} is no attribute that can be searched by at this level")
+        level, vr = INDEXED[keyword]
+        if _DEPTH[level] > _DEPTH[query.level]:
+            raise InvalidQuery(f"{keyword} is an attribute of a lower level than the search")
+        wanted = condition(keyword, vr, _columns(query.level, keyword), value)
+        if wanted is not None:
+            conditions.append(wanted)
+    return conditions
+
+
+def _columns(level: Level, keyword: str) -> list[Column[Any]]:
+    table = PATIENTS if level is Level.PATIENT else _TABLE_OF[INDEXED[keyword][0]]
+    return [table.c[name] for name in _COLUMN_NAMES[keyword]]
+
+
+def _modality(value: str) -> ColumnElement[bool]:
+    """Return the condition that a series of the study has one of the modalities (separated by backslash or comma)."""
+    wanted = [part.strip() for part in value.replace(",", "\\").split("\\") if part.strip()]
+    if any(set(part) & set("*?") for part in wanted):
+        inner = SERIES.alias("any_series")
+        return (
+            select(inner.c.id)
+            .where(inner.c.study_ref == STUDIES.c.id, or_(*(text(inner.c.modality, part) for part in wanted)))
+            .correlate(STUDIES)
+            .exists()
+        )
+    return or_(*(STUDIES.c.modalities.contains(f"\\{part}\\", autoescape=True, escape="!") for part in wanted))

@@ -1,0 +1,1 @@
+"""One file a revision; the sum of them equals ``storage.database.METADATA`` (a test)."""

@@ -1,0 +1,478 @@
+"""The work queue: a table, so that a job and the rows that make it necessary share one transaction.
+
+A claim is a lease: a token and a time when it runs out. Whoever holds the token may renew, finish, fail or release the job; whoever lost
+it gets :class:`LeaseLost` and must drop the work (fencing: two results are impossible, whatever the clocks say). A job whose lease ran
+out is claimed again; one that ran out of attempts, by failing or by killing its workers, is DEAD until an operator requeues it.
+
+At most one job exists for the same (kind, instance, lane, payload), ever: enqueueing it again, in whatever state it is, returns the one
+that is there and changes nothing. That is what makes a repeated *admit* or *conclude* harmless.
+
+Clocks. The times that decide (due, lease) come from a clock that never goes back within a process: it follows the wall clock forward, and
+runs on by the monotonic clock while the wall clock is behind. Across processes leases are wall-clock times in the database; a process
+started after the clock was put back could find them far ahead. Nothing is ever planned further ahead than ``horizon_s``; a time beyond
+that is taken for the work of a wrong clock, and the job is due. A clock put back therefore delays work by the horizon at most, a clock put
+forward makes leases run out early, and the fence holds in both cases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    Column,
+    ColumnElement,
+    Index,
+    Integer,
+    Row,
+    Select,
+    Table,
+    Text,
+    UniqueConstraint,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+
+from storage.database import METADATA, BigId, from_micros, generated_id, to_micros, utc_now
+from storage.errors import LeaseLost, StorageError
+from storage.records import Job, JobKind, JobState, NewJob
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from storage.database import Clock, Database
+
+
+class Step(StrEnum):
+    """What can happen to a job."""
+
+    CLAIM = "claim"
+    RENEW = "renew"
+    FINISH = "finish"
+    RETRY = "retry"
+    BURY = "bury"
+    RELEASE = "release"
+    RECLAIM = "reclaim"
+    EXHAUST = "exhaust"
+    REQUEUE = "requeue"
+
+
+TRANSITIONS: Final[Mapping[tuple[JobState, Step], JobState]] = {
+    # (state, step): next state                            who does it, and when
+    (JobState.READY, Step.CLAIM): JobState.CLAIMED,  #     a worker, once the job is due
+    (JobState.CLAIMED, Step.RENEW): JobState.CLAIMED,  #   the holder: heartbeat
+    (JobState.CLAIMED, Step.FINISH): JobState.DONE,  #     the holder
+    (JobState.CLAIMED, Step.RETRY): JobState.READY,  #     the holder: failed, may be tried again, attempts left; due after a delay
+    (JobState.CLAIMED, Step.BURY): JobState.DEAD,  #       the holder: failed for good, or no attempts left
+    (JobState.CLAIMED, Step.RELEASE): JobState.READY,  #   the holder: gives it back untried (shutdown, busy lane)
+    (JobState.CLAIMED, Step.RECLAIM): JobState.CLAIMED,  # another worker: the lease ran out, attempts left
+    (JobState.CLAIMED, Step.EXHAUST): JobState.DEAD,  #    another worker: the lease ran out, no attempts left
+    (JobState.DEAD, Step.REQUEUE): JobState.READY,  #      an operator: fresh attempts
+    (JobState.DONE, Step.REQUEUE): JobState.READY,  #      an operator: do it again
+}
+"""Every change of state there is. The statements below are made from this table."""
+
+JOBS = Table(
+    "jobs",
+    METADATA,
+    Column("id", BigId, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("lane", Text, nullable=False),
+    Column("sop_instance_uid", Text, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("payload_digest", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("due_at", BigInteger),  # READY: claimable from; CLAIMED: the lease runs out; else nothing
+    Column("lease_token", Text, nullable=False),
+    Column("lease_owner", Text, nullable=False),
+    Column("first_claimed_at", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("finished_at", BigInteger),
+    Column("reason", Text, nullable=False),
+    Column("result", Text, nullable=False),
+    UniqueConstraint("sop_instance_uid", "kind", "lane", "payload_digest"),
+    sqlite_autoincrement=True,
+)
+_LIVE = JOBS.c.due_at.is_not(None)
+Index("ix_jobs_due", JOBS.c.kind, JOBS.c.due_at, sqlite_where=_LIVE, postgresql_where=_LIVE)
+Index("ix_jobs_lane_due", JOBS.c.kind, JOBS.c.lane, JOBS.c.due_at, sqlite_where=_LIVE, postgresql_where=_LIVE)
+Index("ix_jobs_state", JOBS.c.kind, JOBS.c.state)
+
+DEFAULT_ATTEMPTS: Final[Mapping[JobKind, int]] = {
+    JobKind.ANALYSE: 3,
+    JobKind.DELIVER: 100,  # with the delays below: a destination that is down for three days loses nothing
+}
+_TRIES_TO_CLAIM = 64
+_KIND: Final[BindParameter[Any]] = bindparam("kind_")
+_LANE: Final[BindParameter[Any]] = bindparam("lane_")
+_NOW: Final[BindParameter[Any]] = bindparam("now")
+_FAR: Final[BindParameter[Any]] = bindparam("far")
+
+
+def growing_delay(attempts: int) -> float:
+    """Return the seconds to wait after so many attempts: 5, 10, 20 … up to an hour, each ±20 % so that failures do not march in step."""
+    return float(min(5 * 2 ** min(attempts - 1, 16), 3600)) * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+
+
+def _from(step: Step) -> list[str]:
+    return [state.value for state, taken in TRANSITIONS if taken is step]
+
+
+def _to(step: Step) -> str:
+    (target,) = {after for (_, taken), after in TRANSITIONS.items() if taken is step}
+    return target.value
+
+
+def _next(*conditions: ColumnElement[bool]) -> Select[Any]:
+    ordered = select(JOBS).where(JOBS.c.kind == _KIND, _LIVE, *conditions).order_by(JOBS.c.due_at, JOBS.c.id)
+    return ordered.limit(1).with_for_update(skip_locked=True)
+
+
+# Two statements instead of one OR: each is one step into the index, however many jobs wait for a later time.
+_DUE, _STRAY = JOBS.c.due_at <= _NOW, JOBS.c.due_at > _FAR
+_NEXT = (_next(_DUE), _next(_STRAY))
+_NEXT_IN_LANE = (_next(_DUE, JOBS.c.lane == _LANE), _next(_STRAY, JOBS.c.lane == _LANE))
+_LANES = select(JOBS.c.lane).where(JOBS.c.kind == _KIND, _LIVE, or_(_DUE, _STRAY)).distinct().order_by(JOBS.c.lane)
+_SAME = select(JOBS.c.id).where(
+    JOBS.c.sop_instance_uid == bindparam("uid"),
+    JOBS.c.kind == _KIND,
+    JOBS.c.lane == _LANE,
+    JOBS.c.payload_digest == bindparam("digest"),
+)
+_ENQUEUE = insert(JOBS)
+_JOBS_OF = select(JOBS).where(JOBS.c.sop_instance_uid == bindparam("uid")).order_by(JOBS.c.id)
+_COUNTS = select(JOBS.c.kind, JOBS.c.state, func.count()).group_by(JOBS.c.kind, JOBS.c.state)
+_OLDEST = (
+    select(JOBS.c.kind, func.min(JOBS.c.due_at))
+    .where(_LIVE, JOBS.c.state == JobState.READY.value, JOBS.c.due_at <= _NOW)
+    .group_by(JOBS.c.kind)
+)
+_HELD = (JOBS.c.id == bindparam("job"), JOBS.c.lease_token == bindparam("token"))
+
+
+class WorkQueue:
+    """Hands out durable work, one holder at a time.
+
+    Parameters
+    ----------
+    database
+        Where the jobs are kept.
+    clock
+        Time of day: stored as created, first claimed, finished; see the module's words on clocks.
+    lease_s
+        Seconds that a claim lasts without heartbeat.
+    attempts
+        Claims of a job before it is dead, by kind.
+    delay
+        Seconds to wait before the next try, from the number of attempts so far.
+    horizon_s
+        The longest that anything is planned ahead; `delay` is cut to it.
+    monotonic
+        Seconds of a clock that never steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        clock: Clock = utc_now,
+        lease_s: float = 60.0,
+        attempts: Mapping[JobKind, int] = DEFAULT_ATTEMPTS,
+        delay: Callable[[int], float] = growing_delay,
+        horizon_s: float = 4500.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._lease = int(lease_s * 1_000_000)
+        self._attempts = dict(attempts)
+        self._delay = delay
+        self._horizon = max(int(horizon_s * 1_000_000), self._lease)
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._latest: tuple[int, float] | None = None
+
+    def _now(self) -> int:
+        """Return queue time in microseconds: the wall clock, or what the monotonic clock makes of the last time when that is later."""
+        wall, ticks = to_micros(self._clock()), self._monotonic()
+        with self._lock:
+            if self._latest is not None:
+                latest, latest_ticks = self._latest
+                wall = max(wall, latest + int(max(ticks - latest_ticks, 0) * 1_000_000))
+            self._latest = (wall, ticks)
+        return wall
+
+    def _times(self) -> dict[str, int]:
+        now = self._now()
+        return {"now": now, "far": now + self._horizon}
+
+    # -- enqueue and claim -------------------------------------------------------------------------------------------------------
+
+    def enqueue(self, connection: Connection, job: NewJob) -> int:
+        """Add a job in the caller's transaction and return its number; that of the same job when it exists, in whatever state.
+
+        Raises
+        ------
+        TypeError
+            The payload cannot be written as JSON.
+        """
+        payload = json.dumps(dict(job.payload), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(payload.encode()).hexdigest()[:32] if job.payload else ""
+        same = {"uid": job.sop_instance_uid, "kind_": job.kind.value, "lane_": job.lane, "digest": digest}
+        found = connection.execute(_SAME, same).scalar()
+        if found is not None:
+            return int(found)
+        made = connection.execute(
+            _ENQUEUE,
+            {
+                "kind": job.kind.value,
+                "state": JobState.READY.value,
+                "lane": job.lane,
+                "sop_instance_uid": job.sop_instance_uid,
+                "payload": payload,
+                "payload_digest": digest,
+                "attempts": 0,
+                "due_at": self._now(),
+                "lease_token": "",
+                "lease_owner": "",
+                "created_at": to_micros(self._clock()),
+                "reason": "",
+                "result": "{}",
+            },
+        )
+        return generated_id(made)
+
+    def claim(self, kind: JobKind, *, lane: str | None = None, owner: str) -> Job | None:
+        """Claim the job of `kind` (and `lane`) that is due longest, None when none is due.
+
+        Parameters
+        ----------
+        owner
+            Who claims, for people: process and role.
+        """
+        with self._database.read() as connection:  # an idle worker must not take the write lock every time it looks
+            if self._first_due(connection, kind, lane) is None:
+                return None
+        return self._database.write(lambda connection: self._claim_in(connection, kind, lane, owner))
+
+    def _first_due(self, connection: Connection, kind: JobKind, lane: str | None) -> Row[Any] | None:
+        wanted = self._wanted(kind, lane)
+        for statement in _NEXT if lane is None else _NEXT_IN_LANE:
+            row = connection.execute(statement, wanted).first()
+            if row is not None:
+                return row
+        return None
+
+    def _wanted(self, kind: JobKind, lane: str | None) -> dict[str, Any]:
+        return {"kind_": kind.value, **self._times(), **({} if lane is None else {"lane_": lane})}
+
+    def _claim_in(self, connection: Connection, kind: JobKind, lane: str | None, owner: str) -> Job | None:
+        for _ in range(_TRIES_TO_CLAIM):  # bounded: burying a thousand poisoned jobs is not done in one transaction
+            row = self._first_due(connection, kind, lane)
+            if row is None:
+                return None
+            if row.state == JobState.CLAIMED and row.attempts >= self._limit(kind):
+                self._take(connection, Step.EXHAUST, row.id, row.lease_token, self._ended(f"{row.attempts} workers died or hung over it"))
+                continue
+            step = Step.RECLAIM if row.state == JobState.CLAIMED else Step.CLAIM
+            now = self._now()
+            token = secrets.token_hex(16)
+            values = {
+                "lease_token": token,
+                "lease_owner": owner,
+                "attempts": row.attempts + 1,
+                "due_at": now + self._lease,
+                "first_claimed_at": row.first_claimed_at if row.first_claimed_at is not None else to_micros(self._clock()),
+            }
+            self._take(connection, step, row.id, row.lease_token, values)
+            return _job(connection.execute(select(JOBS).where(JOBS.c.id == row.id)).one())
+        return None
+
+    # -- what the holder may do --------------------------------------------------------------------------------------------------
+
+    def heartbeat(self, job: Job) -> None:
+        """Renew the lease.
+
+        Raises
+        ------
+        LeaseLost
+            Another worker took the job: stop working on it.
+        """
+        self._database.write(
+            lambda connection: self._take(connection, Step.RENEW, job.id, job.lease_token, {"due_at": self._now() + self._lease})
+        )
+
+    def finish_in(self, connection: Connection, job: Job, result: Mapping[str, Any]) -> None:
+        """End the job well, in the transaction of what it brought about.
+
+        Raises
+        ------
+        LeaseLost
+            Another worker took the job: the transaction must not be committed.
+        """
+        written = json.dumps(dict(result), sort_keys=True, separators=(",", ":"))
+        self._take(connection, Step.FINISH, job.id, job.lease_token, {**self._ended(""), "result": written})
+
+    def finish(self, job: Job, result: Mapping[str, Any]) -> None:
+        """End the job well, in a transaction of its own.
+
+        Raises
+        ------
+        LeaseLost
+            As :meth:`finish_in`.
+        """
+        self._database.write(lambda connection: self.finish_in(connection, job, result))
+
+    def fail_in(self, connection: Connection, job: Job, reason: str, *, retryable: bool) -> JobState:
+        """Note that the attempt failed: READY again after a delay, or DEAD when not `retryable` or out of attempts.
+
+        Raises
+        ------
+        LeaseLost
+            Another worker took the job.
+        """
+        if not retryable or job.attempts >= self._limit(job.kind):
+            self._take(connection, Step.BURY, job.id, job.lease_token, self._ended(reason))
+            return JobState.DEAD
+        pause = min(int(max(self._delay(job.attempts), 0) * 1_000_000), self._horizon)
+        self._take(connection, Step.RETRY, job.id, job.lease_token, {**_unheld(self._now() + pause), "reason": reason})
+        return JobState.READY
+
+    def fail(self, job: Job, reason: str, *, retryable: bool) -> JobState:
+        """As :meth:`fail_in`, in a transaction of its own.
+
+        Raises
+        ------
+        LeaseLost
+            Another worker took the job.
+        """
+        return self._database.write(lambda connection: self.fail_in(connection, job, reason, retryable=retryable))
+
+    def release(self, job: Job, *, after_s: float = 0.0) -> None:
+        """Give the job back untried: this claim does not count as an attempt, and the job is due in `after_s` seconds.
+
+        Raises
+        ------
+        LeaseLost
+            Another worker took the job.
+        """
+
+        def work(connection: Connection) -> None:
+            pause = min(int(max(after_s, 0) * 1_000_000), self._horizon)
+            values = {**_unheld(self._now() + pause), "attempts": max(job.attempts - 1, 0)}
+            self._take(connection, Step.RELEASE, job.id, job.lease_token, values)
+
+        self._database.write(work)
+
+    # -- operators and metrics ---------------------------------------------------------------------------------------------------
+
+    def requeue(self, job_id: int) -> None:
+        """Make a dead or done job ready again, with fresh attempts; when it was first claimed stays.
+
+        Raises
+        ------
+        StorageError
+            No such job, or it is neither dead nor done.
+        """
+        if not self._database.write(lambda connection: self._requeue(connection, JOBS.c.id == job_id, _from(Step.REQUEUE))):
+            raise StorageError(f"job {job_id} is neither dead nor done: only such a job can be requeued")
+
+    def requeue_dead(self, kind: JobKind, *, lane: str | None = None) -> int:
+        """Make every dead job of `kind` (and `lane`) ready again, and return how many."""
+        where = JOBS.c.kind == kind.value
+        if lane is not None:
+            where &= JOBS.c.lane == lane
+        return self._database.write(lambda connection: self._requeue(connection, where, [JobState.DEAD.value]))
+
+    def _requeue(self, connection: Connection, where: ColumnElement[bool], states: list[str]) -> int:
+        values = {"state": _to(Step.REQUEUE), **_unheld(self._now()), "attempts": 0, "finished_at": None, "result": "{}"}
+        return connection.execute(update(JOBS).where(where, JOBS.c.state.in_(states)).values(values)).rowcount
+
+    def lanes(self, kind: JobKind) -> list[str]:
+        """Return the lanes in which a job of `kind` is due, in order of name."""
+        with self._database.read() as connection:
+            return [row.lane for row in connection.execute(_LANES, self._wanted(kind, None))]
+
+    def jobs_of(self, sop_instance_uid: str) -> list[Job]:
+        """Return every job about an instance, oldest first."""
+        with self._database.read() as connection:
+            return [_job(row) for row in connection.execute(_JOBS_OF, {"uid": sop_instance_uid})]
+
+    def dead(self, kind: JobKind, *, limit: int = 1000) -> list[Job]:
+        """Return dead jobs of `kind`, oldest first, for an operator."""
+        statement = select(JOBS).where(JOBS.c.kind == kind.value, JOBS.c.state == JobState.DEAD.value).order_by(JOBS.c.id).limit(limit)
+        with self._database.read() as connection:
+            return [_job(row) for row in connection.execute(statement)]
+
+    def counts(self) -> dict[tuple[JobKind, JobState], int]:
+        """Return how many jobs there are by kind and state; every pair is there."""
+        counted = {(kind, state): 0 for kind in JobKind for state in JobState}
+        with self._database.read() as connection:
+            for kind, state, number in connection.execute(_COUNTS):
+                counted[JobKind(kind), JobState(state)] = number
+        return counted
+
+    def oldest_ready_s(self) -> dict[JobKind, float]:
+        """Return by kind for how many seconds the oldest due job waits; 0 where none does."""
+        now = self._now()
+        waits = dict.fromkeys(JobKind, 0.0)
+        with self._database.read() as connection:
+            for kind, due in connection.execute(_OLDEST, {"now": now}):
+                waits[JobKind(kind)] = (now - due) / 1_000_000
+        return waits
+
+    # -- one way to change a state -----------------------------------------------------------------------------------------------
+
+    def _limit(self, kind: JobKind) -> int:
+        return self._attempts.get(kind, DEFAULT_ATTEMPTS[kind])
+
+    def _ended(self, reason: str) -> dict[str, Any]:
+        return {**_unheld(None), "finished_at": to_micros(self._clock()), "reason": reason}
+
+    def _take(self, connection: Connection, step: Step, job_id: int, token: str, values: Mapping[str, Any]) -> None:
+        """Take `step` for the job if it is in a state that allows it and held by `token`."""
+        statement = update(JOBS).where(*_HELD, JOBS.c.state.in_(_from(step))).values({"state": _to(step), **values})
+        if connection.execute(statement, {"job": job_id, "token": token}).rowcount != 1:
+            raise LeaseLost("another worker holds this job now: its lease ran out here, or an operator requeued it")
+
+
+def _unheld(due_at: int | None) -> dict[str, Any]:
+    return {"due_at": due_at, "lease_token": "", "lease_owner": ""}
+
+
+def _moment(micros: int | None) -> datetime | None:
+    return None if micros is None else from_micros(micros)
+
+
+def _job(row: Row[Any]) -> Job:
+    return Job(
+        id=row.id,
+        kind=JobKind(row.kind),
+        state=JobState(row.state),
+        lane=row.lane,
+        sop_instance_uid=row.sop_instance_uid,
+        attempts=row.attempts,
+        first_claimed_at=_moment(row.first_claimed_at),
+        lease_token=row.lease_token,
+        payload=json.loads(row.payload),
+        reason=row.reason,
+        result=json.loads(row.result),
+        available_at=_moment(row.due_at),
+        created_at=_moment(row.created_at),
+        finished_at=_moment(row.finished_at),
+    )
