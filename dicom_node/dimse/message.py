@@ -36,7 +36,7 @@ AFFECTED_SOP_INSTANCE_UID = 0x1000
 _COMMENT_LENGTH = 64  # VR LO
 
 
-class ProtocolViolation(Exception):  # noqa: N818 - it is no error of ours
+class ProtocolViolation(Exception):
     """The peer broke PS3.7 or PS3.8 such that the association cannot go on; the remedy is A-ABORT.
 
     Parameters

@@ -30,6 +30,7 @@ from pynetdicom.association import Association
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import P_DATA
+from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse.message import COMMAND, MessageReader, ProtocolViolation, StoreOperation, StoreRequest, pdata
 
@@ -40,6 +41,10 @@ _HEADER = 6
 _READ_AHEAD = 16384
 _POLL_MS = 250
 _LINGER_S = 2.0
+
+
+def unobserved(_event: str, **_labels: object) -> None:
+    """Count nothing: nobody asked for metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ class PDUBuffer:
         return _HEADER + int(length)
 
 
-class StoreReceiver(DULServiceProvider):  # type: ignore[misc] # pynetdicom's types are not followed here
+class StoreReceiver(DULServiceProvider):
     """The upper layer provider of an accepted association; runs in a thread of its own, as its parent does.
 
     Parameters
@@ -180,6 +185,7 @@ class StoreReceiver(DULServiceProvider):  # type: ignore[misc] # pynetdicom's ty
         observe: Callable[..., None],
     ) -> None:
         super().__init__(assoc)
+        self.socket: AssociationSocket
         self._limits = limits
         self._observe = observe
         self._waker = Waker()
@@ -228,13 +234,12 @@ class StoreReceiver(DULServiceProvider):  # type: ignore[misc] # pynetdicom's ty
             self._kill_thread = True
             self._waker.close()
             self._buffer.discard()
-            if self.socket is not None:
-                self.socket._shutdown_socket()  # noqa: SLF001
-            self.to_user_queue.put(None)  # else the association's thread waits out the handshake time for a peer that is gone
+            self.socket._shutdown_socket()  # noqa: SLF001
+            self.to_user_queue.put(None)  # type: ignore[arg-type] # else the association's thread waits out the handshake time for a peer that is gone
 
     def _is_transport_event(self) -> bool:
         """Wait for bytes, something to send, or a quarter second; deal with what came. True when the peer sent a whole PDU."""
-        sock = self.socket.socket if self.socket is not None else None
+        sock = self.socket.socket
         if sock is None:
             return False
         if self.state_machine.current_state == "Sta13":
@@ -314,30 +319,26 @@ class StoreReceiver(DULServiceProvider):  # type: ignore[misc] # pynetdicom's ty
                 self._idle_timer.stop()  # it measures the peer's silence, not our work
                 self._messages.feed(pdu[_HEADER:])
                 return self.event_queue.empty()
-            if kind == A_RELEASE_RQ_TYPE and self._messages.busy:
-                raise ProtocolViolation("release within a message", 2)
-            self._abandon()
             decoded, event = self._decode(pdu)
         except ProtocolViolation as violation:
             self._violated(violation)
             return False
+        self._abandon()
         self.event_queue.put(event)
         self._recv_pdu.put(decoded)
         return False
 
     def _decode(self, pdu: memoryview) -> tuple[Any, str]:
         """Let pynetdicom decode a PDU; what it cannot is a violation (its decoders raise anything)."""
+        if pdu[0] == A_RELEASE_RQ_TYPE and self._messages.busy:
+            raise ProtocolViolation("release within a message", 2)
         try:
-            decoded, event = self._decode_pdu(bytes(pdu))
-            if isinstance(decoded, A_ASSOCIATE_RQ):
-                contexts = decoded.to_primitive().presentation_context_definition_list
-                identifiers = {context.context_id for context in contexts}
-                if not contexts or len(identifiers) != len(contexts):
-                    raise ProtocolViolation("A-ASSOCIATE-RQ without, or with repeated, presentation contexts")
-        except ProtocolViolation:
-            raise
+            decoded, event = self._decode_pdu(bytearray(pdu))
+            contexts = decoded.to_primitive().presentation_context_definition_list if isinstance(decoded, A_ASSOCIATE_RQ) else None
         except Exception as error:  # an edge: bytes of a stranger in a library's decoder
             raise ProtocolViolation("PDU cannot be decoded") from error
+        if contexts is not None and not 0 < len({context.context_id for context in contexts}) == len(contexts):
+            raise ProtocolViolation("A-ASSOCIATE-RQ without, or with repeated, presentation contexts")
         return decoded, event
 
     def _hand_on(self, context_id: int, control: int, fragment: bytes) -> None:

@@ -16,21 +16,22 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
-from pydicom.uid import UID_dictionary
+from pydicom._uid_dict import UID_dictionary
 from pynetdicom import AE
 from pynetdicom._globals import ALL_TRANSFER_SYNTAXES, DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
 from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import PresentationContext, build_context
-from pynetdicom.sop_class import _NON_PATIENT_OBJECT_CLASSES, _STORAGE_CLASSES, Verification
+from pynetdicom.sop_class import _NON_PATIENT_OBJECT_CLASSES, _STORAGE_CLASSES
 from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
-from dicom_node.dimse.receive import ReceiveLimits, StoreReceiver
+from dicom_node.dimse.receive import ReceiveLimits, StoreReceiver, unobserved
 from dicom_node.peers import Peer, Peers, normal_address
 from storage.errors import MismatchedInstance, StorageError
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
@@ -44,6 +45,7 @@ log = structlog.get_logger(__name__)
 SUCCESS = 0x0000
 CANNOT_UNDERSTAND = 0xC000
 PROCESSING_FAILURE = 0x0110
+VERIFICATION = "1.2.840.10008.1.1"
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
 _BACKLOG = 512
 
@@ -119,7 +121,7 @@ class StorageSCP:
         unknown_sop_classes: bool = True,
         limits: ReceiveLimits | None = None,
         message_bytes: int = 2 * 1024**3 + 64 * 1024**2,
-        observe: Callable[..., None] = lambda event, **labels: None,
+        observe: Callable[..., None] = unobserved,
     ) -> None:
         quiet()
         self._archive = archive
@@ -213,9 +215,9 @@ class StorageSCP:
         return None
 
     def supported(self, proposed: list[PresentationContext]) -> list[PresentationContext]:
-        """Return what to support of the proposed contexts: each storage class with every transfer syntax known, the proposer's first choice first.
+        """Return what to support of the proposed contexts: each storage class, with every transfer syntax the library knows.
 
-        The library takes the acceptor's first syntax that was proposed; thus instances come as the sender holds them.
+        In the proposer's order: the library takes the acceptor's first syntax that was proposed, thus the proposer's own first choice.
         """
         wanted: dict[str, list[str]] = {}
         for context in proposed:
@@ -225,7 +227,7 @@ class StorageSCP:
                     syntax for syntax in context.transfer_syntax if syntax in ALL_TRANSFER_SYNTAXES
                 )
         supported = [build_context(abstract, list(dict.fromkeys(syntaxes))) for abstract, syntaxes in wanted.items() if syntaxes]
-        return [build_context(Verification, DEFAULT_TRANSFER_SYNTAXES), *supported]
+        return [build_context(VERIFICATION, DEFAULT_TRANSFER_SYNTAXES), *supported]
 
     def begin_store(self, association: AcceptedAssociation, context: PresentationContext, request: StoreRequest) -> StoreReception:
         """Open the intake for a C-STORE-RQ."""
@@ -282,13 +284,13 @@ class StorageSCP:
             raise
 
 
-class AdmittingACSE(ACSE):  # type: ignore[misc] # pynetdicom's types are not followed here
+class AdmittingACSE(ACSE):
     """Association control that asks the door who may come in, before pynetdicom negotiates."""
 
     assoc: AcceptedAssociation
 
     def _negotiate_as_acceptor(self) -> None:
-        request = self.requestor.primitive
+        request = self.assoc.proposal
         rejection = self.assoc.door.admit(self.assoc, request.calling_ae_title, request.called_ae_title)
         if rejection is not None:
             log.warning("association.rejected", reason=rejection.reason, address=self.assoc.address)
@@ -304,7 +306,7 @@ class AdmittingACSE(ACSE):  # type: ignore[misc] # pynetdicom's types are not fo
         super()._negotiate_as_acceptor()
 
 
-class AcceptedAssociation(Association):  # type: ignore[misc] # pynetdicom's types are not followed here
+class AcceptedAssociation(Association):
     """pynetdicom's acceptor with our upper layer reader and our admission.
 
     Parameters
@@ -338,6 +340,11 @@ class AcceptedAssociation(Association):  # type: ignore[misc] # pynetdicom's typ
         self.acceptor.implementation_version_name = door.entity.implementation_version_name
         self.requestor.address_info = AddressInformation.from_tuple(address)
 
+    @property
+    def proposal(self) -> A_ASSOCIATE:
+        """The association request."""
+        return cast("A_ASSOCIATE", self.requestor.primitive)
+
     def run_reactor(self) -> None:
         """Run until the association is over, then tell the door."""
         try:
@@ -352,7 +359,7 @@ class AcceptedAssociation(Association):  # type: ignore[misc] # pynetdicom's typ
 
     def origin(self) -> Origin:
         """Say who sent what arrives now."""
-        request = self.requestor.primitive
+        request = self.proposal
         return Origin(
             door="dimse",
             received_at=datetime.now(UTC),

@@ -1,0 +1,267 @@
+"""Takes finished reports to the peers that are to have them, and records the proof that they arrived.
+
+A lane is a peer. Each lane is served by one thread at a time, so a peer that is slow, away or refusing delays no other; nothing
+is forgotten, because a job leaves the queue only with the peer's answer, or dead with the reason.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import structlog
+
+from dicom_node.dimse.receive import unobserved
+from dicom_node.dimse.scu import Outcome, Sendable, Stored
+from dicom_node.errors import PeerUnreachable, Refused
+from storage.errors import LeaseLost, StorageError
+from storage.failpoints import unarmed
+from storage.records import Job, JobKind, Summary
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from dicom_node.peers import Peer, Peers
+    from storage.archive import Archive, StoredInstance
+    from storage.work import WorkQueue
+
+log = structlog.get_logger(__name__)
+
+
+class Sender(Protocol):
+    """A way to a peer: C-STORE (`dicom_node.dimse.scu.StorageSCU`), STOW-RS."""
+
+    def store(self, peer: Peer, instances: Sequence[Sendable], *, sent: Callable[[], None]) -> Iterator[tuple[Sendable, Outcome]]:
+        """See `StorageSCU.store`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parcel:
+    """A report on its way: the job, and what is read of the archive for it."""
+
+    job: Job
+    stored: StoredInstance
+
+    @property
+    def summary(self) -> Summary:
+        """Identity and transfer syntax."""
+        return self.stored.record.summary
+
+    def chunks(self) -> Iterator[bytes]:
+        """Data set bytes."""
+        return iter(self.stored.chunks())
+
+
+class Courier:
+    """Delivers.
+
+    Parameters
+    ----------
+    archive, queue
+        Where reports and jobs are.
+    peers
+        Lane name -> where that is.
+    sender
+        How to get there.
+    reach
+        Failpoints: deliver.claimed, deliver.sent, deliver.answered.
+    lanes_at_once
+        Threads, that is peers served at the same time.
+    batch
+        Most reports on one association.
+    poll_s
+        How often the queue is looked at.
+    heartbeat_s
+        How often the leases of a batch are renewed while it is under way; a third of the queue's lease.
+    wait
+        Waits for news at most so many seconds (the database's ``changed``); by default just that time, or until stopped.
+    observe
+        Told ``delivery.stored`` (peer, seconds), ``delivery.failed`` (peer, retryable).
+    """
+
+    def __init__(
+        self,
+        *,
+        archive: Archive,
+        queue: WorkQueue,
+        peers: Peers,
+        sender: Sender,
+        reach: Callable[[str], None] = unarmed,
+        lanes_at_once: int = 8,
+        batch: int = 32,
+        poll_s: float = 0.5,
+        heartbeat_s: float = 20.0,
+        owner: str = "courier",
+        wait: Callable[[float], object] | None = None,
+        observe: Callable[..., None] = unobserved,
+    ) -> None:
+        self._archive = archive
+        self._queue = queue
+        self._peers = peers
+        self._sender = sender
+        self._reach = reach
+        self._lanes_at_once = lanes_at_once
+        self._batch = batch
+        self._poll_s = poll_s
+        self._heartbeat_s = heartbeat_s
+        self._owner = owner
+        self._wait = wait
+        self._observe = observe
+
+    def run(self, stop: threading.Event) -> None:
+        """Deliver until `stop` is set; a batch under way is finished first."""
+        wait = self._wait or stop.wait
+        busy: dict[str, Future[None]] = {}
+        served: dict[str, float] = {}
+        with ThreadPoolExecutor(self._lanes_at_once, thread_name_prefix="courier") as pool:
+            while not stop.is_set():
+                busy = {lane: future for lane, future in busy.items() if not future.done()}
+                for lane in sorted(self._ready(), key=lambda lane: served.get(lane, 0.0)):
+                    if lane not in busy and len(busy) < self._lanes_at_once:
+                        served[lane] = time.monotonic()
+                        busy[lane] = pool.submit(self._serve, lane, stop)
+                wait(self._poll_s)
+
+    def deliver(self, lane: str) -> int:
+        """Take one batch of a lane's ready jobs to its peer. Returns how many were claimed."""
+        jobs = list(self._claim(lane))
+        if not jobs:
+            return 0
+        peer = self._peers.get(lane)
+        with Leases(self._queue, jobs, self._heartbeat_s) as leases, ExitStack() as opened:
+            if peer is None:
+                for job in jobs:
+                    reason = f"the configuration names no peer {lane}; add a [[peers]] entry of that name, or drop the job"
+                    self._failed(leases, job, PeerUnreachable(reason))
+                return len(jobs)
+            parcels = [parcel for job in jobs if (parcel := self._open(leases, job, opened)) is not None]
+            self._send(peer, parcels, leases)
+        return len(jobs)
+
+    def _ready(self) -> Sequence[str]:
+        try:
+            return self._queue.lanes(JobKind.DELIVER)
+        except StorageError as error:
+            log.warning("courier.queue_unavailable", reason=str(error))
+            return ()
+
+    def _serve(self, lane: str, stop: threading.Event) -> None:
+        try:
+            while not stop.is_set() and self.deliver(lane) == self._batch:
+                pass
+        except Exception:  # the edge of a courier thread: leases run out and the jobs are claimed again
+            log.exception("courier.failed", peer=lane)
+
+    def _claim(self, lane: str) -> Iterator[Job]:
+        for _ in range(self._batch):
+            job = self._queue.claim(JobKind.DELIVER, lane=lane, owner=self._owner)
+            if job is None:
+                return
+            self._reach("deliver.claimed")
+            yield job
+
+    def _open(self, leases: Leases, job: Job, opened: ExitStack) -> Parcel | None:
+        try:
+            return Parcel(job, opened.enter_context(self._archive.open(job.sop_instance_uid)))
+        except StorageError as error:
+            self._failed(leases, job, error)
+            return None
+
+    def _send(self, peer: Peer, parcels: Sequence[Parcel], leases: Leases) -> None:
+        began = time.monotonic()
+        try:
+            for parcel, outcome in self._sender.store(peer, parcels, sent=lambda: self._reach("deliver.sent")):
+                if not isinstance(parcel, Parcel):  # pragma: no cover - a sender gives back what it was given
+                    raise TypeError("the sender answered for an instance it was not given")
+                self._reach("deliver.answered")
+                self._conclude(peer, parcel, outcome, leases, time.monotonic() - began)
+        except PeerUnreachable as error:
+            for job in leases.held:
+                self._failed(leases, job, error)
+        for job in leases.held:  # behind an instance at which the association broke: not their fault
+            if leases.drop(job):
+                self._queue.release(job)
+
+    def _conclude(self, peer: Peer, parcel: Parcel, outcome: Outcome, leases: Leases, seconds: float) -> None:
+        if not isinstance(outcome, Stored):
+            self._failed(leases, parcel.job, outcome)
+            return
+        if not leases.drop(parcel.job):
+            return
+        detail: dict[str, Any] = {"peer": peer.name, "ae_title": peer.ae_title}
+        if outcome.comment:
+            detail["comment"] = outcome.comment
+        try:
+            self._archive.acknowledge(parcel.job, status=f"{outcome.status:04X}", detail=detail)
+        except LeaseLost:
+            log.warning("delivery.lease_lost", job=parcel.job.id, peer=peer.name)
+            return
+        log.info("delivery.stored", job=parcel.job.id, peer=peer.name, status=f"{outcome.status:04X}")
+        self._observe("delivery.stored", peer=peer.name, seconds=seconds)
+
+    def _failed(self, leases: Leases, job: Job, error: Refused | PeerUnreachable | StorageError | Any) -> None:
+        if not leases.drop(job):
+            return
+        log.warning("delivery.failed", job=job.id, peer=job.lane, reason=str(error), retryable=error.retryable)
+        self._observe("delivery.failed", peer=job.lane, retryable=error.retryable)
+        try:
+            self._queue.fail(job, str(error), retryable=error.retryable)
+        except LeaseLost:
+            log.warning("delivery.lease_lost", job=job.id, peer=job.lane)
+
+
+class Leases:
+    """Renews the leases of a batch from a thread of its own, while the batch is under way.
+
+    Parameters
+    ----------
+    queue
+        Whose leases.
+    jobs
+        The batch.
+    every_s
+        Seconds between renewals.
+    """
+
+    def __init__(self, queue: WorkQueue, jobs: Sequence[Job], every_s: float) -> None:
+        self._queue = queue
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._held = {job.id: job for job in jobs}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="courier-leases", daemon=True)
+
+    @property
+    def held(self) -> list[Job]:
+        """Jobs of the batch that are not concluded and not lost."""
+        with self._lock:
+            return list(self._held.values())
+
+    def drop(self, job: Job) -> bool:
+        """Stop renewing `job`, to conclude it. False when it is ours no more."""
+        with self._lock:
+            return self._held.pop(job.id, None) is not None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _renew(self) -> None:
+        while not self._done.wait(self._every_s):
+            for job in self.held:
+                try:
+                    self._queue.heartbeat(job)
+                except LeaseLost:
+                    log.warning("delivery.lease_lost", job=job.id, peer=job.lane)
+                    self.drop(job)
+                except StorageError as error:
+                    log.warning("delivery.heartbeat_failed", job=job.id, reason=str(error))
