@@ -1,0 +1,48 @@
+"""Fixtures of the storage tests: a whole archive in a temporary folder, over each object store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.objects import ObjectStore, S3Store
+from tests.storage.house import House, build
+
+Build = Callable[..., House]
+
+
+@pytest.fixture
+def houses(tmp_path: Path) -> Iterator[Build]:
+    """Build houses; each call opens the same folder again unless told otherwise."""
+    opened: list[House] = []
+
+    def make(folder: str = "house", **options: Any) -> House:
+        house = build(tmp_path / folder, **options)
+        opened.append(house)
+        return house
+
+    yield make
+    for house in opened:
+        house.close()
+
+
+@pytest.fixture
+def house(houses: Build) -> House:
+    """One archive over a directory."""
+    return houses()
+
+
+@pytest.fixture
+def s3_store(s3_bucket: Callable[[], tuple[str, str, Path]]) -> ObjectStore:
+    """An S3 store over a new bucket of a real service."""
+    endpoint, bucket, _ = s3_bucket()
+    return S3Store(bucket=bucket, endpoint_url=endpoint, region="us-east-1", attempts=2)
+
+
+@pytest.fixture(params=["directory", "s3"])
+def either_house(request: pytest.FixtureRequest, houses: Build) -> House:
+    """One archive over each store in turn."""
+    return houses() if request.param == "directory" else houses(store=request.getfixturevalue("s3_store"))
