@@ -161,7 +161,8 @@ def jpeg_header(stream: bytes) -> JpegHeader:
     if stream[:2] != b"\xff\xd8":
         raise UnsupportedPixels("The frame is no JPEG stream: it does not begin with SOI.")
     frame: tuple[int, bytes] | None = None
-    jfif, adobe_transform, profile_chunks, scans = False, None, {}, 0
+    jfif, adobe_transform, scans = False, None, 0
+    profile_chunks: dict[int, bytes] = {}
     position = 2
     while position + 2 <= len(stream):
         if stream[position] != 0xFF:
@@ -248,7 +249,9 @@ def jpeg_2000_header(stream: bytes) -> Jpeg2000Header:
 
 
 def _jpeg_2000_header(stream: bytes, offset: int) -> Jpeg2000Header:
-    x_size, y_size, x_offset, y_offset, x_tile, y_tile, x_tile_offset, y_tile_offset, components = struct.unpack_from(">8IH", stream, offset + 8)
+    x_size, y_size, x_offset, y_offset, x_tile, y_tile, x_tile_offset, y_tile_offset, components = struct.unpack_from(
+        ">8IH", stream, offset + 8
+    )
     depths = {struct.unpack_from(">B", stream, offset + 42 + 3 * number)[0] for number in range(min(components, 4))}
     if not 1 <= components <= 4 or len(depths) != 1:
         raise UnsupportedPixels(f"The JPEG 2000 codestream has {components} components or components of different depth.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +141,9 @@ def _expanded(words: NDArray[np.uint16], count: int) -> NDArray[np.uint16]:
     return np.array(entries, np.uint16)
 
 
-def grey_table(header: Dataset, stored: NDArray[np.integer], *, bits_stored: int, inverted: bool, big_endian: bool) -> NDArray[np.uint8]:
+def grey_table(
+    header: Dataset, stored: NDArray[np.integer[Any]], *, bits_stored: int, inverted: bool, big_endian: bool
+) -> NDArray[np.uint8]:
     """8-bit grey of each value in ``stored.min() .. stored.max()``.
 
     Modality LUT or rescale, then VOI LUT or window (the first of several). Without either, pictures of at most
@@ -168,13 +170,15 @@ def grey_table(header: Dataset, stored: NDArray[np.integer], *, bits_stored: int
         low, high = min(domain), max(domain)
         grey = (values - low) / (high - low) if high > low else np.zeros_like(values)
     grey = np.clip(grey, 0.0, 1.0)
-    return np.rint((1.0 - grey if inverted else grey) * 255.0).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint((1.0 - grey if inverted else grey) * 255.0).astype(np.uint8)
+    return levels
 
 
 def _through_lut(item: Dataset, values: NDArray[np.float64], *, big_endian: bool) -> NDArray[np.float64]:
     count, first, bits = _descriptor(item, "LUTDescriptor")
     table = _lut_words(item, "LUTData", count, bits, big_endian=big_endian)
-    return table[np.clip(np.rint(values) - first, 0, count - 1).astype(np.int64)].astype(np.float64)
+    found: NDArray[np.float64] = table[np.clip(np.rint(values) - first, 0, count - 1).astype(np.int64)].astype(np.float64)
+    return found
 
 
 def _windowed(values: NDArray[np.float64], center: float, width: float, function: str) -> NDArray[np.float64]:
