@@ -22,12 +22,12 @@ def _noise(random: np.random.Generator, shape: tuple[int, int], cells: float, oc
         side = max(2, round(cells * 2**octave) + 1)
         grid = random.standard_normal((side, side)).astype(np.float32)
         total += cv2.resize(grid, shape[::-1], interpolation=cv2.INTER_CUBIC) * 0.55**octave
-    return (total - total.mean()) / max(float(total.std()), 1e-6)
+    return np.asarray((total - total.mean()) / max(float(total.std()), 1e-6), np.float32)
 
 
 def _smooth_step(values: Plane, low: float, high: float) -> Plane:
     place = np.clip((values - low) / (high - low), 0, 1)
-    return (place * place * (3 - 2 * place)).astype(np.float32)
+    return np.asarray(place * place * (3 - 2 * place), np.float32)
 
 
 def _net(random: np.random.Generator, shape: tuple[int, int], cell: float) -> Plane:
@@ -59,8 +59,10 @@ def _lesion_distance(random: np.random.Generator, shape: tuple[int, int], scale:
     angle = np.arctan2(across, along)
     border = np.ones(shape, np.float32)
     for wave in range(2, 9):
-        border += np.float32(random.uniform(-0.16, 0.16) / wave**0.8) * np.cos(wave * angle + random.uniform(0, 2 * np.pi)).astype(np.float32)
-    return (np.hypot(along, across) / border + 0.05 * _noise(random, shape, 9)).astype(np.float32)
+        border += np.float32(random.uniform(-0.16, 0.16) / wave**0.8) * np.cos(wave * angle + random.uniform(0, 2 * np.pi)).astype(
+            np.float32
+        )
+    return np.asarray(np.hypot(along, across) / border + 0.05 * _noise(random, shape, 9), np.float32)
 
 
 def _hairs(random: np.random.Generator, shape: tuple[int, int], scale: float) -> Plane:
@@ -135,6 +137,6 @@ def draw_skin_picture(seed: int = 0, rows: int = 1024, columns: int = 1024) -> N
     # a lamp brighter in the middle, the lens' softness, the sensor's grain
     row, column = np.mgrid[-1 : 1 : rows * 1j, -1 : 1 : columns * 1j].astype(np.float32)
     picture *= (1.03 - 0.16 * (row**2 + column**2) ** 1.2 / 2)[..., None]
-    picture = cv2.GaussianBlur(picture, (0, 0), max(0.3, 0.7 * scale))
+    picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), max(0.3, 0.7 * scale)), np.float32)
     picture += random.normal(0, 1.6, picture.shape).astype(np.float32)
     return np.clip(np.round(picture), 0, 255).astype(np.uint8)

@@ -205,7 +205,9 @@ def _read(path: Path, limit: int, folder: Path) -> bytes:
         with resolved.open("rb") as file:
             content = file.read(limit + 1)
     except OSError as error:
-        raise ModelUnavailable(f"{path} cannot be read ({error.strerror}); check the path and the permissions in [inference] bundles") from error
+        raise ModelUnavailable(
+            f"{path} cannot be read ({error.strerror}); check the path and the permissions in [inference] bundles"
+        ) from error
     if len(content) > limit:
         raise ModelUnavailable(f"{path} grew beyond the limit of {limit} bytes while it was read")
     return content
@@ -232,10 +234,14 @@ def load_bundle(folder: Path, expected_digest: str | None = None) -> ModelBundle
     weights = _read(folder / card.weights.file, MAX_WEIGHTS_BYTES, folder)
     found = hashlib.sha256(weights).hexdigest()
     if found != card.weights.sha256:
-        raise ModelUnavailable(f"{folder / card.weights.file} has SHA-256 {found}, its manifest says {card.weights.sha256}; copy the bundle again")
+        raise ModelUnavailable(
+            f"{folder / card.weights.file} has SHA-256 {found}, its manifest says {card.weights.sha256}; copy the bundle again"
+        )
     digest = hashlib.sha256(manifest + weights).hexdigest()
     if expected_digest is not None and digest != expected_digest.lower():
-        raise ModelUnavailable(f"{folder} has digest {digest}, the configuration pins {expected_digest}; restore the bundle or change the pin")
+        raise ModelUnavailable(
+            f"{folder} has digest {digest}, the configuration pins {expected_digest}; restore the bundle or change the pin"
+        )
     try:
         tensors = load_safetensors(weights)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -244,7 +250,9 @@ def load_bundle(folder: Path, expected_digest: str | None = None) -> ModelBundle
         if tensor.dtype not in (np.float16, np.float32):
             raise ModelUnavailable(f"{folder / card.weights.file}: tensor {name!r} is {tensor.dtype}; store float16 or float32")
         if not np.isfinite(tensor).all():
-            raise ModelUnavailable(f"{folder / card.weights.file}: tensor {name!r} holds values that are not finite; train or convert it again")
+            raise ModelUnavailable(
+                f"{folder / card.weights.file}: tensor {name!r} holds values that are not finite; train or convert it again"
+            )
     return ModelBundle(card=card, digest=digest, weights=MappingProxyType(tensors), folder=folder)
 
 
@@ -280,7 +288,9 @@ def load_bundles(references: Sequence[str] = (), *, shipped: Iterable[Path] | No
     for reference in references:
         bundle = load_bundle(*parse_reference(reference))
         if bundle.card.task in chosen:
-            raise ModelUnavailable(f"{bundle.folder} and {chosen[bundle.card.task].folder} are both for {bundle.card.task}; keep one of them")
+            raise ModelUnavailable(
+                f"{bundle.folder} and {chosen[bundle.card.task].folder} are both for {bundle.card.task}; keep one of them"
+            )
         chosen[bundle.card.task] = bundle
     for folder in default_bundles() if shipped is None else shipped:
         bundle = load_bundle(folder)

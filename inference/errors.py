@@ -19,13 +19,13 @@ class InferenceError(Exception):
     """Whether running the same job again can succeed without a change of the picture."""
 
 
-class UnsupportedPixels(InferenceError):  # noqa: N818 - named for what it is, as in the architecture's error tree
+class UnsupportedPixels(InferenceError):
     """The pixel data cannot be decoded or analysed: no decoder, damaged, or beyond a limit."""
 
     retryable: ClassVar[bool] = False
 
 
-class ModelUnavailable(InferenceError):  # noqa: N818 - as above
+class ModelUnavailable(InferenceError):
     """A model bundle cannot be used now: missing, damaged, of another digest, or not fitting its architecture."""
 
     retryable: ClassVar[bool] = True

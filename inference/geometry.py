@@ -30,14 +30,12 @@ def resized(frame: NDArray[np.uint8], rows: int, columns: int, aspect: Literal["
     if frame.shape[:2] == (rows, columns):
         return frame
     shrinks = frame.shape[0] >= rows and frame.shape[1] >= columns
-    result: NDArray[np.uint8] = cv2.resize(frame, (columns, rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return result
+    return np.asarray(cv2.resize(frame, (columns, rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR), np.uint8)
 
 
 def enlarged(values: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
     """Resize a float map, shape (rows, columns), linearly."""
-    result: NDArray[np.float32] = cv2.resize(values, (columns, rows), interpolation=cv2.INTER_LINEAR)
-    return result
+    return np.asarray(cv2.resize(values, (columns, rows), interpolation=cv2.INTER_LINEAR), np.float32)
 
 
 def contrast(frame: NDArray[np.uint8]) -> float:

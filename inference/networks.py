@@ -22,7 +22,21 @@ from torch.nn import functional
 Features = dict[int, Tensor]
 """Feature maps by stride (4, 8, 16, 32)."""
 
-_V1_LAYERS: Final = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1))
+_V1_LAYERS: Final = (
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (512, 1),
+    (1024, 2),
+    (1024, 1),
+)
 """MobileNetV1: (channels at width 1, stride) of each depthwise-separable layer, arXiv:1704.04861 Table 1."""
 
 _V2_STAGES: Final = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -167,8 +181,10 @@ class Segmenter(nn.Module):
 
     def __init__(self, body: MobileNetV2, *, outputs: int = 1, channels: int = 48) -> None:
         super().__init__()
-        self.body = body
-        self.lateral = nn.ModuleDict({str(stride): Convolution(count, channels, linear=True) for stride, count in body.channels.items() if stride > 2})
+        self.body: MobileNetV2 = body
+        self.lateral = nn.ModuleDict(
+            {str(stride): Convolution(count, channels, linear=True) for stride, count in body.channels.items() if stride > 2}
+        )
         self.smooth = nn.ModuleDict({str(stride): _Separable(channels, channels) for stride in body.channels if 2 < stride < 32})
         self.context = Convolution(body.channels[32], channels, linear=True)
         self.output = Convolution(channels, outputs, linear=True)

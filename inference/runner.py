@@ -42,13 +42,18 @@ class TorchModel:
         self._device = device
         card = bundle.card
         if card.architecture.name not in ARCHITECTURES:
-            raise ModelUnavailable(f"{bundle.folder}: no architecture {card.architecture.name!r}; known: {', '.join(sorted(ARCHITECTURES))}")
+            raise ModelUnavailable(
+                f"{bundle.folder}: no architecture {card.architecture.name!r}; known: {', '.join(sorted(ARCHITECTURES))}"
+            )
         try:
             network = build(card.architecture.name, card.architecture.arguments)
         except (TypeError, KeyError, ValueError, RuntimeError) as error:
-            raise ModelUnavailable(f"{bundle.folder}: {card.architecture.name} does not take these arguments ({error}); mend the manifest") from error
+            raise ModelUnavailable(
+                f"{bundle.folder}: {card.architecture.name} does not take these arguments ({error}); mend the manifest"
+            ) from error
         _load(network, bundle)
-        self._network = network.eval().requires_grad_(requires_grad=False).to(device=device, memory_format=torch.channels_last)
+        self._network = network.eval().requires_grad_(requires_grad=False).to(device)
+        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean = torch.tensor(card.input.mean, device=device).view(1, 3, 1, 1)
         self._deviation = torch.tensor(card.input.deviation, device=device).view(1, 3, 1, 1)
         found = self.outputs(np.zeros((card.input.rows, card.input.columns, 3), np.uint8)).shape
@@ -56,7 +61,9 @@ class TorchModel:
         if card.task == "segmentation":
             wanted = (len(card.labels), card.input.rows, card.input.columns)
         if found != wanted:
-            raise ModelUnavailable(f"{bundle.folder}: the network gives {found}, its {len(card.labels)} labels need {wanted}; mend the manifest")
+            raise ModelUnavailable(
+                f"{bundle.folder}: the network gives {found}, its {len(card.labels)} labels need {wanted}; mend the manifest"
+            )
 
     def outputs(self, frame: Picture) -> NDArray[np.float64]:
         """Give the mean outputs over the views of the manifest."""
@@ -103,7 +110,9 @@ def _load(network: torch.nn.Module, bundle: ModelBundle) -> None:
     for name, tensor in expected.items():
         shape = bundle.weights[name].shape
         if shape != tuple(tensor.shape):
-            raise ModelUnavailable(f"{bundle.folder}: tensor {name!r} is {shape}, the architecture needs {tuple(tensor.shape)}; mend the manifest")
+            raise ModelUnavailable(
+                f"{bundle.folder}: tensor {name!r} is {shape}, the architecture needs {tuple(tensor.shape)}; mend the manifest"
+            )
     network.load_state_dict({name: torch.from_numpy(np.array(bundle.weights[name], np.float32)) for name in expected})
 
 
@@ -230,8 +239,11 @@ class ModelRunner:
             code = Code(label.code.value, label.code.scheme_designator, label.code.meaning)
             categories.append(Category(key=label.key, code=code, probability=value))
         categories.sort(key=lambda category: (-category.probability, category.code.value))
-        calibration = f"temperature {card.calibration.temperature:g}; class offsets {', '.join(f'{value:g}' for value in card.calibration.bias) or 'none'}"
-        diagnosis = Diagnosis(categories=tuple(categories), entropy=round(entropy(values), DIGITS), algorithm=model.bundle.algorithm(calibration))
+        offsets = ", ".join(f"{value:g}" for value in card.calibration.bias) or "none"
+        calibration = f"temperature {card.calibration.temperature:g}; class offsets {offsets}"
+        diagnosis = Diagnosis(
+            categories=tuple(categories), entropy=round(entropy(values), DIGITS), algorithm=model.bundle.algorithm(calibration)
+        )
         derived = indicators({category.key: category.probability for category in categories}, card.matrix or {})
         found = []
         for key in INDICATORS:

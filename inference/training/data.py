@@ -57,8 +57,10 @@ class Picture:
     mask: Path | None
 
 
-def read_rgb(path: Path) -> NDArray[np.uint8]:
+def read_rgb(path: Path | None) -> NDArray[np.uint8]:
     """Read a JPEG or PNG as uint8 sRGB, (rows, columns, 3)."""
+    if path is None:
+        raise FileNotFoundError("this ISIC id has no such picture")
     picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if picture is None:
         raise FileNotFoundError(path)
@@ -142,6 +144,13 @@ def pictures() -> list[Picture]:
         mask = folder / "isic2018" / "masks" / f"{row['image_id']}.png"
         present = square.exists()
         found.append(
-            Picture(row["image_id"], CLASSES.index(row["class"]), split, path, square if present else None, mask if present and mask.exists() else None)
+            Picture(
+                row["image_id"],
+                CLASSES.index(row["class"]),
+                split,
+                path,
+                square if present else None,
+                mask if present and mask.exists() else None,
+            )
         )
     return found

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from inference.networks import Classifier, build
-from inference.training import data, fit, tflite
+from inference.networks import Classifier, MobileNetV2, build
+from inference.training import bundles, data, fit, tflite
 
 SEED = 20260701
 SIZE = 224
@@ -37,7 +37,9 @@ def _load(listed: list[data.Picture]) -> tuple[NDArray[np.uint8], NDArray[np.uin
         whole = np.stack([data.read_rgb(picture.path) for picture in listed])
         square = np.stack(
             [
-                data.read_rgb(picture.path) if picture.square is None else cv2.resize(data.read_rgb(picture.square), (256, 256), interpolation=cv2.INTER_AREA)
+                data.read_rgb(picture.path)
+                if picture.square is None
+                else cv2.resize(data.read_rgb(picture.square), (256, 256), interpolation=cv2.INTER_AREA)
                 for picture in listed
             ]
         ).astype(np.uint8)
@@ -51,7 +53,8 @@ def make_network() -> Classifier:
     network = build(ARCHITECTURE, {**ARGUMENTS, "dropout": DROPOUT})
     assert isinstance(network, Classifier)  # noqa: S101 - for the type checker
     tflite.load_body(network.body, data.data_folder() / "backbones" / "tf2_mobilenet_v2_1.0_224_ptq.tflite")
-    for module in (network.body.stem, *network.body.blocks[:FROZEN_BLOCKS]):  # type: ignore[misc]
+    assert isinstance(network.body, MobileNetV2)  # noqa: S101 - for the type checker
+    for module in (network.body.stem, *list(network.body.blocks)[:FROZEN_BLOCKS]):
         module.requires_grad_(False)
     nn.init.normal_(network.head.weight, std=0.01)
     nn.init.zeros_(network.head.bias)
@@ -66,7 +69,9 @@ def logits(network: nn.Module, pictures: NDArray[np.uint8], *, views: tuple[str,
         for start in range(0, len(pictures), 64):
             small = np.stack([cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for picture in pictures[start : start + 64]])
             batch = fit.normalised(torch.from_numpy(small).permute(0, 3, 1, 2).float())
-            found.append(torch.stack([network(torch.flip(batch, flips[view]) if flips[view] else batch) for view in views]).mean(0).double().numpy())
+            found.append(
+                torch.stack([network(torch.flip(batch, flips[view]) if flips[view] else batch) for view in views]).mean(0).double().numpy()
+            )
     return np.concatenate(found)
 
 
@@ -123,9 +128,7 @@ def finish(kept: nn.Module, listed: list[data.Picture], whole: NDArray[np.uint8]
     unseen = fit.softmax(logits(kept, whole[test], views=VIEWS) / temperature + np.array(bias))
     truth = labels[test]
     flagged = unseen[:, 0] >= threshold
-    figures: dict[str, Any] = {
-        name: fit.auc_figures(truth == index, unseen[:, index]) for index, name in enumerate(data.CLASSES)
-    }
+    figures: dict[str, Any] = {name: fit.auc_figures(truth == index, unseen[:, index]) for index, name in enumerate(data.CLASSES)}
     recall = [float((unseen.argmax(1) == index)[truth == index].mean()) for index in range(3)]
     figures |= {
         "accuracy": round(float((unseen.argmax(1) == truth).mean()), 4),
@@ -140,8 +143,6 @@ def finish(kept: nn.Module, listed: list[data.Picture], whole: NDArray[np.uint8]
         name: fit.auc_figures(truth[official] == index, unseen[official, index]) for index, name in enumerate(data.CLASSES[:2])
     }
     fit.say(str(figures))
-    from inference.training import bundles
-
     bundles.write_diagnosis(
         kept,
         architecture=(ARCHITECTURE, ARGUMENTS),
@@ -152,7 +153,10 @@ def finish(kept: nn.Module, listed: list[data.Picture], whole: NDArray[np.uint8]
         sensitivity=SENSITIVITY,
         metrics={
             "test": figures,
-            "validation": {"selection": "mean of melanoma and seborrhoeic keratosis AUC, one view", "best": round(max(history), 4) if history else None},
+            "validation": {
+                "selection": "mean of melanoma and seborrhoeic keratosis AUC, one view",
+                "best": round(max(history), 4) if history else None,
+            },
             "splits": bundles.split_counts(listed),
             "seed": SEED,
             "epochs": EPOCHS,

@@ -38,8 +38,10 @@ def _crops(picture: Picture, random: np.random.Generator, count: int, *, least: 
     for _ in range(count):
         rows, columns = (max(8, int(side * random.uniform(least, 1))) for side in picture.shape[:2])
         top, left = (int(random.integers(0, whole - part + 1)) for whole, part in zip(picture.shape[:2], (rows, columns), strict=True))
-        window = cv2.resize(picture[top : top + rows, left : left + columns], (256, 256), interpolation=cv2.INTER_AREA).astype(np.float32)
-        window = window[:, :: int(random.choice([-1, 1]))] * random.uniform(0.55, 1.15) * (1 + random.uniform(-0.08, 0.08, 3))
+        small = cv2.resize(picture[top : top + rows, left : left + columns], (256, 256), interpolation=cv2.INTER_AREA)
+        window = (
+            small[:, :: int(random.choice([-1, 1]))].astype(np.float64) * random.uniform(0.55, 1.15) * (1 + random.uniform(-0.08, 0.08, 3))
+        )
         found.append(np.clip(np.round(window), 0, 255).astype(np.uint8))
     return found
 
@@ -62,7 +64,12 @@ def _features(body: Classifier, pictures: list[Picture]) -> NDArray[np.float32]:
     found = []
     with torch.inference_mode():
         for start in range(0, len(pictures), 64):
-            small = np.stack([cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA if min(picture.shape[:2]) >= SIZE else cv2.INTER_LINEAR) for picture in pictures[start : start + 64]])
+            small = np.stack(
+                [
+                    cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA if min(picture.shape[:2]) >= SIZE else cv2.INTER_LINEAR)
+                    for picture in pictures[start : start + 64]
+                ]
+            )
             maps = body.body(fit.normalised(torch.from_numpy(small).permute(0, 3, 1, 2).float()))
             found.append(torch.cat([maps[tap].mean(dim=(2, 3)) for tap in ARGUMENTS["taps"]], 1).numpy())
     return np.concatenate(found)
@@ -79,11 +86,13 @@ def _fit(features: NDArray[np.float32], labels: NDArray[np.int64], weight: NDArr
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        value = (functional.cross_entropy(inputs @ matrix.T + offset, targets, reduction="none") * shares).sum() + PENALTY * matrix.square().sum()
+        value = (
+            functional.cross_entropy(inputs @ matrix.T + offset, targets, reduction="none") * shares
+        ).sum() + PENALTY * matrix.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimiser.step(closure)  # type: ignore[arg-type]
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
     folded = matrix.detach() / torch.from_numpy(deviation).double()
     return folded.float(), (offset.detach() - folded @ torch.from_numpy(mean).double()).float()
 
@@ -114,7 +123,12 @@ def _collect(random: np.random.Generator) -> _Sets:
             sets.add(_crops(whole, random, 1, least=0.6), 0, "isic2017", "train")
     squares = [picture for picture in listed if picture.square is not None]
     for picture in squares[::3]:
-        sets.add([cv2.resize(data.read_rgb(picture.square), (256, 256), interpolation=cv2.INTER_AREA).astype(np.uint8)], 0, "isic2018", picture.split)  # type: ignore[arg-type]
+        sets.add(
+            [cv2.resize(data.read_rgb(picture.square), (256, 256), interpolation=cv2.INTER_AREA).astype(np.uint8)],
+            0,
+            "isic2018",
+            picture.split,
+        )
     for split, first, count in (("train", DRAWN_SEED, 80), ("validation", DRAWN_SEED + 500, 20), ("test", DRAWN_TEST_SEED, 40)):
         sets.add([draw_skin_picture(first + number, 320, 320) for number in range(count)], 0, "drawn lesions", split)
     donors = [picture for picture in squares if picture.split == "train"]
@@ -129,14 +143,14 @@ def _collect(random: np.random.Generator) -> _Sets:
         if split == "train":
             for crop in crops[::2]:
                 donor = donors[int(random.integers(len(donors)))]
-                lesion, mask = data.read_rgb(donor.square), data.read_rgb(donor.mask)[:, :, 0]  # type: ignore[arg-type]
+                lesion, mask = data.read_rgb(donor.square), data.read_rgb(donor.mask)[:, :, 0]
                 sets.add([_with_lesion(crop, lesion, mask, random)], 1, "crops with a lesion laid over", "train")
     others = {**negatives.photographs(), "corpora": negatives.corpora()}
     for source, pictures in others.items():
-        for number, picture in enumerate(pictures):
+        for number, negative in enumerate(pictures):
             split = ("train", "train", "train", "validation", "test")[number % 5]
-            sets.add([picture], 2, source, split)
-            sets.add(_crops(picture, random, 5, least=0.4), 2, f"{source} crops", split)
+            sets.add([negative], 2, source, split)
+            sets.add(_crops(negative, random, 5, least=0.4), 2, f"{source} crops", split)
     sets.add(negatives.drawn(400, SEED), 2, "drawn", "train")
     sets.add(negatives.drawn(100, SEED + 1), 2, "drawn", "validation")
     sets.add(negatives.drawn(100, SEED + 2), 2, "drawn", "test")
@@ -206,7 +220,12 @@ def main() -> None:
     }
     fit.say(str(figures))
     bundles.write_domain(
-        network, architecture=(ARCHITECTURE, ARGUMENTS), size=SIZE, threshold=threshold, labels=LABELS, metrics={"test": figures, "seed": SEED}
+        network,
+        architecture=(ARCHITECTURE, ARGUMENTS),
+        size=SIZE,
+        threshold=threshold,
+        labels=LABELS,
+        metrics={"test": figures, "seed": SEED},
     )
 
 

@@ -37,7 +37,9 @@ def uniform(generator: torch.Generator, shape: tuple[int, ...], low: float, high
     return torch.rand(shape, generator=generator) * (high - low) + low
 
 
-def warp(batches: list[Tensor], generator: torch.Generator, size: int, *, zoom: tuple[float, float] = (0.65, 1.05), aspect: float = 0.25) -> list[Tensor]:
+def warp(
+    batches: list[Tensor], generator: torch.Generator, size: int, *, zoom: tuple[float, float] = (0.65, 1.05), aspect: float = 0.25
+) -> list[Tensor]:
     """Turn, mirror, zoom, squeeze and shift every picture of several float batches (n, c, rows, columns) in the same way."""
     count = batches[0].shape[0]
     angle = uniform(generator, (count,), 0, 2 * math.pi)
@@ -138,7 +140,7 @@ def train(
         optimiser, max_lr=[float(str(group["lr"])) for group in groups], total_steps=epochs * steps + 1, pct_start=0.15
     )
     average = Average(network, decay)
-    network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     best, history, kept = -math.inf, [], copy.deepcopy(average.mean)
     for epoch in range(epochs):
         network.train()
@@ -158,7 +160,9 @@ def train(
         history.append(score)
         if score > best:
             best, kept = score, stored(average.mean)
-        say(f"epoch {epoch + 1}/{epochs} loss {total / steps:.4f} validation {score:.4f} best {best:.4f} ({time.monotonic() - start:.0f} s)")
+        say(
+            f"epoch {epoch + 1}/{epochs} loss {total / steps:.4f} validation {score:.4f} best {best:.4f} ({time.monotonic() - start:.0f} s)"
+        )
     return kept, history
 
 
@@ -220,7 +224,7 @@ def fit_calibration(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, l
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimiser.step(closure)  # type: ignore[arg-type]
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
     centred = (bias - bias.mean()).detach()
     return round(float(log_temperature.exp()), 4), [round(float(value), 4) for value in centred]
 

@@ -14,7 +14,24 @@ from numpy.typing import NDArray
 from inference.training import data
 
 Picture = NDArray[np.uint8]
-_WORDS = "report study series patient image normal left right lesion date findings the and of with no signs history table value unit mean".split()
+_WORDS = (
+    "report",
+    "study",
+    "series",
+    "patient",
+    "image",
+    "normal",
+    "left",
+    "right",
+    "lesion",
+    "date",
+    "findings",
+    "the",
+    "of",
+    "with",
+    "no",
+    "value",
+)
 
 
 def _bounded(picture: Picture, side: int = 512) -> Picture:
@@ -90,7 +107,16 @@ def _text_page(random: np.random.Generator, side: int) -> Picture:
     ink = tuple(int(value) for value in random.integers(0, 90, 3))
     for row in range(int(16 + 30 * size), side, int(12 + 30 * size)):
         words = " ".join(random.choice(_WORDS, 16))
-        cv2.putText(page, words[: int(random.integers(10, 90))], (int(random.integers(5, 30)), row), cv2.FONT_HERSHEY_SIMPLEX, size, ink, 1, cv2.LINE_AA)
+        cv2.putText(
+            page,
+            words[: int(random.integers(10, 90))],
+            (int(random.integers(5, 30)), row),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            size,
+            ink,
+            1,
+            cv2.LINE_AA,
+        )
     return page
 
 

@@ -32,7 +32,7 @@ UNHARMED = 88.0
 ARCHITECTURE = "mobilenet_v1_classifier"
 ARGUMENTS: dict[str, Any] = {"outputs": 1, "width": 0.5, "taps": [4, 8, 16, 32]}
 THRESHOLD = 41.0
-LIMITS = {
+LIMITS: dict[str, list[list[float]]] = {
     # a picture of few pixels cannot be good, however smooth it looks enlarged
     "short_side": [[1, 0], [32, 10], [64, 20], [128, 40], [200, 60], [256, 80], [400, 100]],
     # standard deviation of the luminance (0 to 255): an even surface shows nothing
@@ -66,7 +66,7 @@ def degrade(source: Picture, random: np.random.Generator, extra_blur: float = 0.
         kernel = np.zeros((length, length), np.float32)
         centre = (length - 1) / 2
         reach = np.array([math.cos(angle), math.sin(angle)]) * centre
-        start, end = (tuple(int(round(value)) for value in np.array([centre, centre]) + sign * reach) for sign in (-1, 1))
+        start, end = (tuple(round(float(value)) for value in np.array([centre, centre]) + sign * reach) for sign in (-1, 1))
         cv2.line(kernel, start, end, 1.0, 1)
         picture = cv2.filter2D(picture, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT).astype(np.float32)
         blur = math.hypot(blur, length / 3.5)
@@ -88,7 +88,7 @@ def degrade(source: Picture, random: np.random.Generator, extra_blur: float = 0.
         score /= 1 + (noise / 22) ** 1.5
     harmed = np.clip(np.round(picture), 0, 255).astype(np.uint8)
     if dice[6] < 0.25:
-        harmed = cv2.imdecode(cv2.imencode(".jpg", harmed, [cv2.IMWRITE_JPEG_QUALITY, jpeg])[1], cv2.IMREAD_COLOR).astype(np.uint8)
+        harmed = np.asarray(cv2.imdecode(cv2.imencode(".jpg", harmed, [cv2.IMWRITE_JPEG_QUALITY, jpeg])[1], cv2.IMREAD_COLOR), np.uint8)
         score /= 1 + (8 / jpeg) ** 1.6
     return harmed, score
 
@@ -106,7 +106,9 @@ def _sources() -> dict[str, list[Picture]]:
     found: dict[str, list[Picture]] = {"train": [], "validation": [], "test": []}
     for picture in data.pictures():
         if picture.square is not None:
-            found[picture.split].append(cv2.resize(data.read_rgb(picture.square), (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.uint8))
+            found[picture.split].append(
+                cv2.resize(data.read_rgb(picture.square), (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.uint8)
+            )
         else:
             found[picture.split].append(data.read_rgb(picture.path))
     with (data.data_folder() / "healthy_skin" / "index.csv").open() as file:
@@ -120,7 +122,9 @@ def _sources() -> dict[str, list[Picture]]:
         for _ in range(16 if split == "train" else 4):
             side = int(random.integers(SIZE, min(photograph.shape[:2]) + 1))
             top, left = (int(random.integers(0, whole - side + 1)) for whole in photograph.shape[:2])
-            found[split].append(cv2.resize(photograph[top : top + side, left : left + side], (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.uint8))
+            found[split].append(
+                cv2.resize(photograph[top : top + side, left : left + side], (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.uint8)
+            )
     for split, first, count in (("train", 200_001, 80), ("validation", 200_501, 12), ("test", 900_101, 24)):
         for number in range(count):
             large = draw_skin_picture(first + number, 512, 512)
@@ -135,7 +139,7 @@ def scores(network: nn.Module, pictures: list[Picture]) -> NDArray[np.float64]:
         for start in range(0, len(pictures), 64):
             batch = fit.normalised(torch.from_numpy(np.stack(pictures[start : start + 64])).permute(0, 3, 1, 2).float())
             found.append(network(batch)[:, 0].double().numpy())
-    return np.clip(np.concatenate(found) * 100, 0, 100)
+    return np.asarray(np.clip(np.concatenate(found) * 100, 0, 100), np.float64)
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -184,13 +188,21 @@ def main() -> None:
     def validate(candidate: nn.Module) -> float:
         return -float(np.abs(scores(candidate, known) - wanted).mean())
 
-    groups: list[dict[str, Any]] = [{"params": list(network.body.parameters()), "lr": 5e-4}, {"params": list(network.head.parameters()), "lr": 2e-3}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(network.body.parameters()), "lr": 5e-4},
+        {"params": list(network.head.parameters()), "lr": 2e-3},
+    ]
     kept, history = fit.train(network, groups=groups, epochs=EPOCHS, draw=draw, steps=STEPS, loss=loss, validate=validate)
     torch.save(kept.state_dict(), data.cache_folder() / "quality.pt")
     harmed, truth = _harmed(sources["test"], SEED + 2, 2)
     found = scores(kept, harmed)
     series = [0.0, 0.7, 1.4, 2.8, 5.6]
-    rows = np.stack([scores(kept, [_blurred(source.astype(np.float32), sigma).round().clip(0, 255).astype(np.uint8) for source in sources["test"]]) for sigma in series])
+    rows = np.stack(
+        [
+            scores(kept, [_blurred(source.astype(np.float32), sigma).round().clip(0, 255).astype(np.uint8) for source in sources["test"]])
+            for sigma in series
+        ]
+    )
     figures = {
         "mean_absolute_error": round(float(np.abs(found - truth).mean()), 2),
         "mean_absolute_error_95": fit.interval(lambda chosen: float(np.abs(found - truth)[chosen].mean()), len(found)),

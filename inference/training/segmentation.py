@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inference.networks import Segmenter, build
-from inference.training import data, fit, tflite
+from inference.training import bundles, data, fit, tflite
 
 SEED = 20260702
 SIZE = 224
@@ -49,8 +49,8 @@ def make_network() -> Segmenter:
     """Build the network on ImageNet weights, its first blocks frozen."""
     network = build(ARCHITECTURE, ARGUMENTS)
     assert isinstance(network, Segmenter)  # noqa: S101 - for the type checker
-    tflite.load_body(network.body, data.data_folder() / "backbones" / "tf2_mobilenet_v2_1.0_224_ptq.tflite")  # type: ignore[arg-type]
-    for module in (network.body.stem, *network.body.blocks[:FROZEN_BLOCKS]):  # type: ignore[misc]
+    tflite.load_body(network.body, data.data_folder() / "backbones" / "tf2_mobilenet_v2_1.0_224_ptq.tflite")
+    for module in (network.body.stem, *list(network.body.blocks)[:FROZEN_BLOCKS]):
         module.requires_grad_(False)
     return network
 
@@ -116,15 +116,13 @@ def main() -> None:
 
 def finish(kept: nn.Module, listed: list[data.Picture], pictures: NDArray[np.uint8], history: list[float]) -> None:
     """Choose the cut on validation, measure on test at full size, write the bundle."""
-    from inference.training import bundles
-
     split = np.array([picture.split for picture in listed])
 
     def measured(indices: NDArray[np.int64], cut: float) -> NDArray[np.float64]:
         found = probabilities(kept, pictures[indices], views=VIEWS)
         scores = []
         for index, one in zip(indices, found, strict=True):
-            truth = data.read_rgb(listed[index].mask)[:, :, 0] >= 128  # type: ignore[arg-type]
+            truth = data.read_rgb(listed[index].mask)[:, :, 0] >= 128
             scores.append(dice(cv2.resize(one, (FULL, FULL), interpolation=cv2.INTER_LINEAR) >= cut, truth))
         return np.array(scores)
 

@@ -67,7 +67,9 @@ def load_body(body: MobileNetV1 | MobileNetV2, path: Path) -> tuple[torch.Tensor
     if isinstance(body, MobileNetV2) and body.last is None:
         source = [*source[:-2], source[-1]]
     if len(source) != len(targets) + 1:
-        raise ValueError(f"{path.name} has {len(source)} convolutions, the network needs {len(targets) + 1}; take the file of the same architecture")
+        raise ValueError(
+            f"{path.name} has {len(source)} convolutions, the network needs {len(targets) + 1}; take the file of the same architecture"
+        )
     with torch.no_grad():
         for (weight, bias), target in zip(source, targets, strict=False):
             if weight.shape != tuple(target.weight.shape) or target.bias is None:
@@ -88,7 +90,7 @@ def _show(data: Path) -> None:
     ):
         weight, bias = load_body(body, data / "backbones" / file)
         for path in sorted((data / "non_skin").glob("coral_*.jpg")):
-            picture = cv2.resize(cv2.imread(str(path))[:, :, ::-1], (size, size), interpolation=cv2.INTER_AREA)
+            picture = cv2.resize(np.asarray(cv2.imread(str(path)))[:, :, ::-1], (size, size), interpolation=cv2.INTER_AREA)
             batch = torch.from_numpy(picture.transpose(2, 0, 1).copy()).float()[None] / 127.5 - 1
             with torch.inference_mode():
                 scores = nn.functional.linear(body(batch)[32].mean(dim=(2, 3)), weight, bias).softmax(1)[0]
