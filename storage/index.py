@@ -7,13 +7,14 @@ keeps its own words in its own row, so that :meth:`Index.find` gives back what c
 - a Study Instance UID that arrives with another Patient ID or Issuer of Patient ID is refused (:class:`ConflictingInstance`);
 - a study carries its own copy of the patient's attributes, and instances without Patient ID are one patient a study, not all the same.
 
-The counts and the modalities of a study are kept by the writer, never counted by a search.
+Modalities and SOP classes of a study and the counts of its series are kept by the writer; a search adds up a few series, and never counts
+instances.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def _storage_columns() -> list[Column[Any]]:
         Column("transfer_syntax_uid", Text, nullable=False),
         Column("byte_count", BigInteger, nullable=False),
         Column("sha256", Text, nullable=False),
-        Column("object_key", Text, nullable=False, unique=True),
+        Column("object_key", Text, nullable=False),
         Column("sealed_byte_count", BigInteger, nullable=False),
         Column("sealed_sha256", Text, nullable=False),
         Column("key_id", Text, nullable=False),
@@ -99,10 +100,8 @@ STUDIES = Table(
     *_matching_columns(Level.PATIENT, Level.STUDY),
     Column("modalities", Text, nullable=False),
     Column("sop_classes", Text, nullable=False),
-    Column("series_count", Integer, nullable=False),
-    Column("instance_count", Integer, nullable=False),
     Column("attributes", Text, nullable=False),
-    sqlite_autoincrement=True,
+    sqlite_autoincrement=True,  # a cached key must never be given to another row
 )
 SERIES = Table(
     "series",
@@ -123,7 +122,6 @@ INSTANCES = Table(
     *_matching_columns(Level.INSTANCE),
     *_storage_columns(),
     UniqueConstraint("sop_instance_uid"),
-    sqlite_autoincrement=True,
 )
 QUARANTINE = Table(
     "quarantine",
@@ -137,7 +135,6 @@ QUARANTINE = Table(
     Column("reason", Text, nullable=False),
     Column("quarantined_at", BigInteger, nullable=False),
     UniqueConstraint("sop_instance_uid", "sha256"),
-    sqlite_autoincrement=True,
 )
 REPORTS = Table(
     "reports",
@@ -186,8 +183,6 @@ _STUDY_ANSWER = (
     STUDIES.c.attributes.label("study_attributes"),
     STUDIES.c.modalities,
     STUDIES.c.sop_classes,
-    STUDIES.c.series_count,
-    STUDIES.c.instance_count,
 )
 _SERIES_ANSWER = (SERIES.c.id.label("series"), SERIES.c.attributes.label("series_attributes"), SERIES.c.instance_count.label("in_series"))
 _ANSWER: Mapping[Level, tuple[ColumnElement[Any], ...]] = {
@@ -223,8 +218,6 @@ _FIND_SETS = select(STUDIES.c.modalities, STUDIES.c.sop_classes).where(STUDIES.c
 _SET_SETS = (
     update(STUDIES).where(STUDIES.c.id == bindparam("ref")).values(modalities=bindparam("modalities_"), sop_classes=bindparam("classes_"))
 )
-_COUNT_SERIES = update(STUDIES).where(STUDIES.c.id == bindparam("ref")).values(series_count=STUDIES.c.series_count + 1)
-_COUNT_IN_STUDY = update(STUDIES).where(STUDIES.c.id == bindparam("ref")).values(instance_count=STUDIES.c.instance_count + 1)
 _COUNT_IN_SERIES = update(SERIES).where(SERIES.c.id == bindparam("ref")).values(instance_count=SERIES.c.instance_count + 1)
 _ADD_PATIENT = insert(PATIENTS)
 _ADD_STUDY = insert(STUDIES)
@@ -232,6 +225,11 @@ _ADD_SERIES = insert(SERIES)
 _ADD_INSTANCE = insert(INSTANCES).inline()
 _ADD_QUARANTINE = insert(QUARANTINE).inline()
 _ADD_REPORT = insert(REPORTS).inline()
+_COUNTS = (
+    select(SERIES.c.study_ref, func.count(), func.sum(SERIES.c.instance_count))
+    .where(SERIES.c.study_ref.in_(bindparam("refs", expanding=True)))
+    .group_by(SERIES.c.study_ref)
+)
 _FIND_QUARANTINED = select(QUARANTINE.c.id).where(
     QUARANTINE.c.sop_instance_uid == bindparam("uid"), QUARANTINE.c.sha256 == bindparam("digest")
 )
@@ -316,7 +314,6 @@ class Index:
         except sqlalchemy.exc.IntegrityError as error:
             raise ConflictingInstance("an instance of this SOP Instance UID is archived already") from error
         connection.execute(_COUNT_IN_SERIES, {"ref": series.series_ref})
-        connection.execute(_COUNT_IN_STUDY, {"ref": series.study_ref})
         if self._known.get(place) is not series:
             self._database.on_commit(lambda: self._remember(place, series))
 
@@ -345,7 +342,6 @@ class Index:
             _ADD_SERIES,
             {"study_ref": study_ref, **_matching_values(values, Level.SERIES), "instance_count": 0, "attributes": _dump(of_series)},
         )
-        connection.execute(_COUNT_SERIES, {"ref": study_ref})
         modality = normalised("CS", values.get("Modality", ()))[0]
         if modality:
             sets = connection.execute(_FIND_SETS, {"ref": study_ref}).one()
@@ -371,8 +367,6 @@ class Index:
                 **_matching_values(values, Level.PATIENT, Level.STUDY),
                 "modalities": "",
                 "sop_classes": "",
-                "series_count": 0,
-                "instance_count": 0,
                 "attributes": _dump(of_study),
             },
         )
@@ -475,13 +469,15 @@ class Index:
         statement = self._search(query)
         with self._database.read() as connection:
             keys = [row[0] for row in connection.execute(statement)]
-            rows: dict[int, Row[Any]] = {}
             source, key, _ = _SEARCH[query.level]
-            for start in range(0, len(keys), _PAGE):
-                page = select(key.label("key"), *_ANSWER[query.level]).select_from(source).where(key.in_(keys[start : start + _PAGE]))
-                rows.update((row.key, row) for row in connection.execute(page))
+            found = select(key.label("key"), *_ANSWER[query.level]).select_from(source)
+            rows = {row.key: row for page in _pages(keys) for row in connection.execute(found.where(key.in_(page)))}
+            counts: dict[int, tuple[int, int]] = {}
+            if query.level is not Level.PATIENT:
+                for page in _pages(sorted({row.study for row in rows.values()})):
+                    counts.update((study, (series, instances)) for study, series, instances in connection.execute(_COUNTS, {"refs": page}))
         parsed: dict[str, Any] = {}
-        return [Match(_answer(rows[key], query.level, parsed)) for key in keys]
+        return [Match(_answer(rows[key], query.level, counts, parsed)) for key in keys]
 
     def count(self, query: Query) -> int:
         """Return how many match, whatever limit and offset.
@@ -570,16 +566,6 @@ class Index:
                 for row in rows:
                     yield ArchivedObject(*row[1:], quarantined=table is QUARANTINE)
                 after = rows[-1].id
-
-    def known_objects(self, object_keys: Iterable[str]) -> set[str]:
-        """Return those of `object_keys` that the index knows; the others are orphans of a crash."""
-        wanted, known = list(object_keys), set[str]()
-        with self._database.read() as connection:
-            for start in range(0, len(wanted), _PAGE):
-                for table in (INSTANCES, QUARANTINE):
-                    page = select(table.c.object_key).where(table.c.object_key.in_(wanted[start : start + _PAGE]))
-                    known.update(row[0] for row in connection.execute(page))
-        return known
 
 
 # -- from records to rows ------------------------------------------------------------------------------------------------------------
@@ -715,7 +701,12 @@ def _report(row: Row[Any]) -> ReportRecord:
     return ReportRecord(row.sop_instance_uid, row.source_sop_instance_uid, row.kind, json.loads(row.models))
 
 
-def _answer(row: Row[Any], level: Level, parsed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+def _pages(keys: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(keys), _PAGE):
+        yield keys[start : start + _PAGE]
+
+
+def _answer(row: Row[Any], level: Level, counts: Mapping[int, tuple[int, int]], parsed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     if level is Level.PATIENT:
         return {keyword: tuple(value) for keyword, value in json.loads(row.patient_attributes).items()}
     merged: dict[str, list[str]] = json.loads(row.study_attributes) if level is Level.STUDY else _parents(row, parsed)
@@ -726,8 +717,9 @@ def _answer(row: Row[Any], level: Level, parsed: dict[str, Any]) -> dict[str, tu
     answer = {keyword: tuple(value) for keyword, value in merged.items()}
     answer["ModalitiesInStudy"] = tuple(_members(row.modalities))
     answer["SOPClassesInStudy"] = tuple(_members(row.sop_classes))
-    answer["NumberOfStudyRelatedSeries"] = (str(row.series_count),)
-    answer["NumberOfStudyRelatedInstances"] = (str(row.instance_count),)
+    series, instances = counts[row.study]
+    answer["NumberOfStudyRelatedSeries"] = (str(series),)
+    answer["NumberOfStudyRelatedInstances"] = (str(instances),)
     if level is not Level.STUDY:
         answer["NumberOfSeriesRelatedInstances"] = (str(row.in_series),)
     return answer

@@ -144,7 +144,7 @@ def _person_name(columns: Sequence[Column[Any]], value: str) -> ColumnElement[bo
 
 
 def _group(column: Column[Any], wanted: str) -> ColumnElement[bool]:
-    """Return the condition on one component group; stored groups have lost their empty last components, so ``smith^*`` is also ``smith``."""
+    """Return the condition on one component group; stored ones have lost empty last components, so ``smith^*`` is also ``smith``."""
     bare = re.sub(r"[\s^*]+$", "", wanted)
     if wanted.endswith("*") and "^" in wanted[len(bare) :] and not re.search(r"[*?]", bare):
         return or_(text(column, wanted), column == bare)

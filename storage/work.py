@@ -106,12 +106,11 @@ JOBS = Table(
     Column("reason", Text, nullable=False),
     Column("result", Text, nullable=False),
     UniqueConstraint("sop_instance_uid", "kind", "lane", "payload_digest"),
-    sqlite_autoincrement=True,
 )
-_LIVE = JOBS.c.due_at.is_not(None)
-Index("ix_jobs_due", JOBS.c.kind, JOBS.c.due_at, sqlite_where=_LIVE, postgresql_where=_LIVE)
-Index("ix_jobs_lane_due", JOBS.c.kind, JOBS.c.lane, JOBS.c.due_at, sqlite_where=_LIVE, postgresql_where=_LIVE)
-Index("ix_jobs_state", JOBS.c.kind, JOBS.c.state)
+_LIVE, _ENDED = JOBS.c.due_at.is_not(None), JOBS.c.due_at.is_(None)
+# Partial: an instance on its way in touches one of them, and a million finished jobs do not slow down a claim.
+Index("ix_jobs_live", JOBS.c.kind, JOBS.c.lane, JOBS.c.due_at, sqlite_where=_LIVE, postgresql_where=_LIVE)
+Index("ix_jobs_ended", JOBS.c.kind, JOBS.c.state, sqlite_where=_ENDED, postgresql_where=_ENDED)
 
 DEFAULT_ATTEMPTS: Final[Mapping[JobKind, int]] = {
     JobKind.ANALYSE: 3,
@@ -138,15 +137,14 @@ def _to(step: Step) -> str:
     return target.value
 
 
-def _next(*conditions: ColumnElement[bool]) -> Select[Any]:
-    ordered = select(JOBS).where(JOBS.c.kind == _KIND, _LIVE, *conditions).order_by(JOBS.c.due_at, JOBS.c.id)
-    return ordered.limit(1).with_for_update(skip_locked=True)
+def _next(when: ColumnElement[bool]) -> Select[Any]:
+    of_lane = select(JOBS).where(JOBS.c.kind == _KIND, JOBS.c.lane == _LANE, _LIVE, when)
+    return of_lane.order_by(JOBS.c.due_at, JOBS.c.id).limit(1).with_for_update(skip_locked=True)
 
 
 # Two statements instead of one OR: each is one step into the index, however many jobs wait for a later time.
 _DUE, _STRAY = JOBS.c.due_at <= _NOW, JOBS.c.due_at > _FAR
 _NEXT = (_next(_DUE), _next(_STRAY))
-_NEXT_IN_LANE = (_next(_DUE, JOBS.c.lane == _LANE), _next(_STRAY, JOBS.c.lane == _LANE))
 _LANES = select(JOBS.c.lane).where(JOBS.c.kind == _KIND, _LIVE, or_(_DUE, _STRAY)).distinct().order_by(JOBS.c.lane)
 _SAME = select(JOBS.c.id).where(
     JOBS.c.sop_instance_uid == bindparam("uid"),
@@ -156,7 +154,7 @@ _SAME = select(JOBS.c.id).where(
 )
 _ENQUEUE = insert(JOBS)
 _JOBS_OF = select(JOBS).where(JOBS.c.sop_instance_uid == bindparam("uid")).order_by(JOBS.c.id)
-_COUNTS = select(JOBS.c.kind, JOBS.c.state, func.count()).group_by(JOBS.c.kind, JOBS.c.state)
+_COUNTS = tuple(select(JOBS.c.kind, JOBS.c.state, func.count()).where(part).group_by(JOBS.c.kind, JOBS.c.state) for part in (_LIVE, _ENDED))
 _OLDEST = (
     select(JOBS.c.kind, func.min(JOBS.c.due_at))
     .where(_LIVE, JOBS.c.state == JobState.READY.value, JOBS.c.due_at <= _NOW)
@@ -262,6 +260,8 @@ class WorkQueue:
 
         Parameters
         ----------
+        lane
+            None: any lane, the nameless one first, then the one whose job waits longest.
         owner
             Who claims, for people: process and role.
         """
@@ -271,15 +271,16 @@ class WorkQueue:
         return self._database.write(lambda connection: self._claim_in(connection, kind, lane, owner))
 
     def _first_due(self, connection: Connection, kind: JobKind, lane: str | None) -> Row[Any] | None:
-        wanted = self._wanted(kind, lane)
-        for statement in _NEXT if lane is None else _NEXT_IN_LANE:
-            row = connection.execute(statement, wanted).first()
+        wanted = {"kind_": kind.value, **self._times()}
+        for statement in _NEXT:
+            row = connection.execute(statement, {**wanted, "lane_": lane or ""}).first()
             if row is not None:
                 return row
-        return None
-
-    def _wanted(self, kind: JobKind, lane: str | None) -> dict[str, Any]:
-        return {"kind_": kind.value, **self._times(), **({} if lane is None else {"lane_": lane})}
+        if lane is not None:
+            return None
+        lanes = [row.lane for row in connection.execute(_LANES, wanted) if row.lane]
+        heads = [row for row in (self._first_due(connection, kind, one) for one in lanes) if row is not None]
+        return min(heads, key=lambda row: (row.due_at, row.id), default=None)
 
     def _claim_in(self, connection: Connection, kind: JobKind, lane: str | None, owner: str) -> Job | None:
         for _ in range(_TRIES_TO_CLAIM):  # bounded: burying a thousand poisoned jobs is not done in one transaction
@@ -406,7 +407,7 @@ class WorkQueue:
     def lanes(self, kind: JobKind) -> list[str]:
         """Return the lanes in which a job of `kind` is due, in order of name."""
         with self._database.read() as connection:
-            return [row.lane for row in connection.execute(_LANES, self._wanted(kind, None))]
+            return [row.lane for row in connection.execute(_LANES, {"kind_": kind.value, **self._times()})]
 
     def jobs_of(self, sop_instance_uid: str) -> list[Job]:
         """Return every job about an instance, oldest first."""
@@ -423,8 +424,9 @@ class WorkQueue:
         """Return how many jobs there are by kind and state; every pair is there."""
         counted = {(kind, state): 0 for kind in JobKind for state in JobState}
         with self._database.read() as connection:
-            for kind, state, number in connection.execute(_COUNTS):
-                counted[JobKind(kind), JobState(state)] = number
+            for statement in _COUNTS:
+                for kind, state, number in connection.execute(statement):
+                    counted[JobKind(kind), JobState(state)] = number
         return counted
 
     def oldest_ready_s(self) -> dict[JobKind, float]:

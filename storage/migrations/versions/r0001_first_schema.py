@@ -55,25 +55,23 @@ def upgrade() -> None:
         sa.UniqueConstraint(
             "sop_instance_uid", "kind", "lane", "payload_digest", name=op.f("uq_jobs_sop_instance_uid_kind_lane_payload_digest")
         ),
-        sqlite_autoincrement=True,
     )
     op.create_index(
-        "ix_jobs_due",
+        "ix_jobs_ended",
         "jobs",
-        ["kind", "due_at"],
+        ["kind", "state"],
         unique=False,
-        sqlite_where=sa.text("due_at IS NOT NULL"),
-        postgresql_where=sa.text("due_at IS NOT NULL"),
+        sqlite_where=sa.text("due_at IS NULL"),
+        postgresql_where=sa.text("due_at IS NULL"),
     )
     op.create_index(
-        "ix_jobs_lane_due",
+        "ix_jobs_live",
         "jobs",
         ["kind", "lane", "due_at"],
         unique=False,
         sqlite_where=sa.text("due_at IS NOT NULL"),
         postgresql_where=sa.text("due_at IS NOT NULL"),
     )
-    op.create_index("ix_jobs_state", "jobs", ["kind", "state"], unique=False)
     op.create_table(
         "patients",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
@@ -112,9 +110,7 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("quarantined_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_quarantine")),
-        sa.UniqueConstraint("object_key", name=op.f("uq_quarantine_object_key")),
         sa.UniqueConstraint("sop_instance_uid", "sha256", name=op.f("uq_quarantine_sop_instance_uid_sha256")),
-        sqlite_autoincrement=True,
     )
     op.create_table(
         "studies",
@@ -139,8 +135,6 @@ def upgrade() -> None:
         sa.Column("timezone_offset_from_utc", sa.Text(), nullable=False),
         sa.Column("modalities", sa.Text(), nullable=False),
         sa.Column("sop_classes", sa.Text(), nullable=False),
-        sa.Column("series_count", sa.Integer(), nullable=False),
-        sa.Column("instance_count", sa.Integer(), nullable=False),
         sa.Column("attributes", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["patient_ref"], ["patients.id"], name=op.f("fk_studies_patient_ref")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_studies")),
@@ -221,9 +215,7 @@ def upgrade() -> None:
         sa.Column("attributes", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["series_ref"], ["series.id"], name=op.f("fk_instances_series_ref")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_instances")),
-        sa.UniqueConstraint("object_key", name=op.f("uq_instances_object_key")),
         sa.UniqueConstraint("sop_instance_uid", name=op.f("uq_instances_sop_instance_uid")),
-        sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_instances_series_ref"), "instances", ["series_ref"], unique=False)
     op.create_table(
