@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None)  # no test is timed: the machine may be busy
+settings.load_profile("house")
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
