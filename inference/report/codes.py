@@ -14,6 +14,7 @@ from types import MappingProxyType
 from inference.records import Code
 from inference.report.encode import Element
 from inference.report.identity import derived_uid
+from inference.report.values import one_line, shortened
 
 PRIVATE = "99DERMNODE"
 """Designator of the private scheme in this file and in bundle manifests; the configured one is what gets written."""
@@ -76,22 +77,10 @@ class CodingSchemes:
         return items
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]+")
-
-
-def shortened(text: str, limit: int = 64) -> str:
-    """Text that fits an LO, SH or the like: one line, no backslash, cut at a word where it is longer than `limit` characters."""
-    text = _CONTROL.sub(" ", text).strip()
-    if len(text) <= limit:
-        return text
-    head = text[: limit + 1].rsplit(" ", 1)[0]
-    return (head if 0 < len(head) <= limit else text[:limit]).rstrip(" ,;:(")
-
-
 def coded(code: Code, schemes: CodingSchemes) -> list[Element]:
     """Elements of a Code Sequence item (PS3.3 Table 8.8-1): Code Value, Long Code Value or URN Code Value, whichever fits."""
-    value = _CONTROL.sub(" ", code.value).strip()
-    meaning: Element = (0x00080104, "LO", shortened(code.meaning) or value[:64])
+    value = one_line(code.value)
+    meaning: Element = (0x00080104, "LO", shortened(code.meaning) or shortened(value))
     if re.match(r"(urn:|https?://)", value):
         return [(0x00080120, "UR", value), meaning]
     designator: Element = (0x00080102, "SH", schemes.designator(code.scheme_designator))
@@ -175,7 +164,7 @@ INDICATORS: Mapping[str, tuple[Code, Code]] = MappingProxyType(
     {
         "malignancy": (_own("malignancy", "Malignancy"), PROBABILITY_OF_CANCER),
         "urgent_referral": (_own("urgent-referral", "Urgent referral"), REFERRAL_PROBABILITY),
-        "high_priority_referral": (_own("priority-referr", "High-priority referral"), REFERRAL_PROBABILITY),
+        "high_priority_referral": (_own("high-priority", "High-priority referral"), REFERRAL_PROBABILITY),
         "pigmented_lesion": (_own("pigmented", "Pigmented lesion"), CERTAINTY_OF_FINDING),
         "dermatological_condition": (_own("derm-condition", "Dermatological condition"), CERTAINTY_OF_FINDING),
     }

@@ -12,6 +12,7 @@ from inference.records import Code
 from inference.report import codes
 from inference.report.codes import CodingSchemes, coded
 from inference.report.encode import Element, encode
+from inference.report.values import paragraphs
 
 Item = list[Element]
 
@@ -72,8 +73,8 @@ class ContentItems:
         return [*self._item(relationship, "CODE", name, children), (0x0040A168, "SQ", self.coded(value))]
 
     def text(self, relationship: str, name: Code, text: str) -> Item:
-        """TEXT; a NUL, which UT cannot hold, becomes a space, and so does nothing at all, which type 1 cannot be."""
-        return [*self._item(relationship, "TEXT", name, ()), (0x0040A160, "UT", text.replace("\0", " ").strip() or "-")]
+        """TEXT."""
+        return [*self._item(relationship, "TEXT", name, ()), (0x0040A160, "UT", paragraphs(text))]
 
     def uid_reference(self, relationship: str, name: Code, uid: str) -> Item:
         """UIDREF."""

@@ -12,7 +12,6 @@ import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 from pydicom.charset import convert_encodings, decode_bytes
@@ -26,6 +25,7 @@ from inference.errors import UnsupportedPixels
 from inference.records import Code
 from inference.report import codes
 from inference.report.encode import Element
+from inference.report.values import valid
 
 _UNREADABLE = (
     ValueError,
@@ -42,11 +42,7 @@ _UNREADABLE = (
 )
 """What pydicom raises when it converts a damaged element."""
 
-_UID = re.compile(r"(?=.{1,64}\Z)(0|[1-9]\d*)(\.(0|[1-9]\d*))*")
 _OFFSET = re.compile(r"[+-](0\d|1[0-4])[0-5]\d")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_CONTROL_IN_PARAGRAPHS = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
-_LENGTH = {"LO": 64, "SH": 16, "ST": 1024, "UT": 1 << 20}
 
 DERMOSCOPIC_PHOTOGRAPHY = "1.2.840.10008.5.1.4.1.1.77.1.7"
 
@@ -77,38 +73,6 @@ _SEQUENCES: tuple[tuple[int, tuple[tuple[int, str], ...]], ...] = (
     (0x00100024, ((0x00400032, "UT"), (0x00400033, "CS"))),  # Issuer of Patient ID Qualifiers
     (0x00120064, _CODE),  # De-identification Method Code
 )
-
-
-def _valid_date(text: str) -> bool:
-    try:
-        return bool(re.fullmatch(r"\d{8}", text, re.ASCII)) and date(int(text[:4]), int(text[4:6]), int(text[6:])).year > 0
-    except ValueError:
-        return False
-
-
-def valid(vr: str, text: str) -> bool:
-    """Whether `text` is one value that VR `vr` can hold (PS3.5 Table 6.2-1)."""
-    if vr == "DA":
-        return _valid_date(text)
-    if vr == "TM":
-        return bool(re.fullmatch(r"([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?", text, re.ASCII))
-    if vr == "AS":
-        return bool(re.fullmatch(r"\d{3}[DWMY]", text, re.ASCII))
-    if vr == "CS":
-        return bool(re.fullmatch(r"[A-Z0-9 _]{1,16}", text))
-    if vr == "UI":
-        return bool(_UID.fullmatch(text))
-    if vr == "PN":
-        groups = text.split("=")
-        return (
-            len(groups) <= 3
-            and all(len(group) <= 64 and group.count("^") <= 4 for group in groups)
-            and "\\" not in text
-            and not _CONTROL.search(text)
-        )
-    if vr in {"ST", "UT"}:
-        return len(text) <= _LENGTH[vr] and not _CONTROL_IN_PARAGRAPHS.search(text)
-    return len(text) <= _LENGTH[vr] and "\\" not in text and not _CONTROL.search(text)
 
 
 class _Reader:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inference.report.codes import shortened
 from inference.report.encode import Element
 from inference.report.header import Source
 from inference.report.identity import Instant, NodeIdentity
+from inference.report.values import shortened
 
 EXPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 
@@ -40,12 +40,12 @@ class ObjectIdentity:
             (0x00080031, "TM", now.time),
             (0x00080033, "TM", now.time),
             (0x00080060, "CS", modality),
-            (0x00080070, "LO", shortened(self.node.manufacturer)),
+            (0x00080070, "LO", shortened(self.node.manufacturer) or "-"),
             (0x00080201, "SH", now.offset),
             (0x0008103E, "LO", shortened(f"AI dermatology: {kind} {self.profile}")),
-            (0x00081090, "LO", shortened(self.node.model_name)),
-            (0x00181000, "LO", shortened(self.node.serial_number)),
-            (0x00181020, "LO", shortened(self.node.software_version)),
+            (0x00081090, "LO", shortened(self.node.model_name) or "-"),
+            (0x00181000, "LO", shortened(self.node.serial_number) or "-"),
+            (0x00181020, "LO", shortened(self.node.software_version) or "-"),
             (0x0020000E, "UI", self.series_instance_uid),
             (0x00200011, "IS", str(_SERIES_NUMBERS[kind])),
             (0x00200013, "IS", "1"),

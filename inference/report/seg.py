@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from inference.records import Algorithm
 from inference.report import codes
-from inference.report.codes import CodingSchemes, coded, shortened
+from inference.report.codes import CodingSchemes, coded
 from inference.report.encode import Element, encode
 from inference.report.header import Source
 from inference.report.identity import derived_uid
 from inference.report.modules import ObjectIdentity
 from inference.report.tracking import Tracked
+from inference.report.values import paragraphs, shortened
 
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 
@@ -59,12 +60,12 @@ def _segment(number: int, segment: Segment, schemes: CodingSchemes) -> list[Elem
     return [
         (0x00620003, "SQ", (coded(codes.MORPHOLOGICALLY_ABNORMAL_STRUCTURE, schemes),)),
         (0x00620004, "US", number),
-        (0x00620005, "LO", shortened(segment.label)),
+        (0x00620005, "LO", shortened(segment.label) or "-"),
         (0x00620007, "SQ", (identification,)),
         (0x00620008, "CS", "AUTOMATIC"),
         (0x00620009, "LO", shortened(algorithm.name) or "-"),
         (0x0062000F, "SQ", (coded(codes.SKIN_LESION, schemes),)),
-        (0x00620020, "UT", segment.tracked.identifier),
+        (0x00620020, "UT", paragraphs(segment.tracked.identifier)),
         (0x00620021, "UI", segment.tracked.uid),
     ]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from inference.records import Algorithm, Category, Code, FrameAnalysis, ImageAnalysis, ReportContext, ReportReference
 from inference.report import codes, wording
-from inference.report.codes import CodingSchemes, shortened
+from inference.report.codes import CodingSchemes
 from inference.report.content import (
     CONTAINS,
     HAS_ACQ_CONTEXT,
@@ -26,6 +26,7 @@ from inference.report.header import Source
 from inference.report.identity import NodeIdentity
 from inference.report.modules import ObjectIdentity
 from inference.report.tracking import Outline, Tracker
+from inference.report.values import shortened
 
 COMPREHENSIVE_3D_SR = "1.2.840.10008.5.1.4.1.1.88.34"
 TOP_CATEGORIES = 5
@@ -178,7 +179,7 @@ class ReportTree:
                 codes.IMAGE_DOMAIN,
                 domain.algorithm,
                 [_percent(codes.CERTAINTY_OF_FINDING, domain.confidence)],
-                f"threshold {domain.threshold:g}",
+                f"certainty that the image shows skin; threshold {domain.threshold:g}",
             )
         if frame.diagnosis is not None:
             for rank, category in enumerate(_top(frame), start=1):
