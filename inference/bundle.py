@@ -126,6 +126,8 @@ class ModelCard(_Part):
     thresholds: dict[str, float]
     matrix: dict[str, dict[str, bool]] | None = None
     """Of a diagnosis: a row per label key, in it every indicator."""
+    modalities: tuple[Literal["clinical", "dermoscopic"], ...] = Field(default=("dermoscopic",), min_length=1)
+    """Of a diagnosis or segmentation model: the pictures it was made for; others it is not asked about."""
     limits: dict[str, list[tuple[float, float]]] = Field(default_factory=dict)
     """Of a quality model: the highest score by a measured property, as points of a piecewise linear curve."""
     data_card: DataCard
