@@ -16,7 +16,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dicomweb.dataset import (
@@ -28,6 +28,7 @@ from dicomweb.dataset import (
     ItemEnd,
     SequenceBegin,
     SequenceEnd,
+    dictionary_vr,
     resolve_vr,
     swap,
 )
@@ -36,6 +37,8 @@ from storage.charset import decode
 from storage.errors import InstanceNotFound
 
 SPECIFIC_CHARACTER_SET = 0x00080005
+ENCAPSULATED_DOCUMENT, MIME_TYPE = 0x00420011, 0x00420012
+_MIME = re.compile(r"[a-z0-9.+-]{1,31}/[a-z0-9.+-]{1,31}")
 BINARY = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "UN"})
 _NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
 _CODES = frozenset({"AE", "AS", "CS", "DA", "DT", "TM", "UI"})
@@ -196,6 +199,9 @@ def _element(
     data_set: DataSet, element: Element, level: _Level, url: Callable[[int], str], limits: InlineLimits, cap: int
 ) -> str:
     vr = resolve_vr(element.vr, signed=level.signed)
+    if vr == "UN" and (known := resolve_vr(dictionary_vr(element.tag), signed=level.signed)) != "SQ":
+        # A public attribute that lost its VR on the way, in a transfer through a node that did not know it (PS3.5 6.2.2, Note 2).
+        vr, element = known, replace(element, order="<")
     if not element.length:
         return json.dumps({"vr": vr})
     longest = min(limits.binary_bytes, cap) if vr in BINARY else cap
@@ -220,6 +226,8 @@ class BulkData:
 
     element: Element
     vr: str
+    media_type: str = ""
+    """What the object says the value is; of encapsulated documents only."""
 
 
 def find_bulk(data_set: DataSet, path: Sequence[str]) -> BulkData:
@@ -232,10 +240,21 @@ def find_bulk(data_set: DataSet, path: Sequence[str]) -> BulkData:
     """
     wanted = tuple(part.upper() for part in path)
     here: list[str] = []
+    document: BulkData | None = None
     for event in data_set.walk():
         match event:
+            case Element(tag=tag) if document is not None:
+                # Its media type follows it, when it is stated at all.
+                if tag == MIME_TYPE and not here and 0 < event.length <= 64:
+                    text = data_set.read(event.offset, event.length).decode("latin-1").strip(" \0").lower()
+                    return replace(document, media_type=text if _MIME.fullmatch(text) else "")
+                if tag > MIME_TYPE:
+                    break
             case Element(tag=tag) if (*here, f"{tag:08X}") == wanted:
-                return BulkData(event, resolve_vr(event.vr, signed=False))
+                found = BulkData(event, resolve_vr(event.vr, signed=False))
+                if tag != ENCAPSULATED_DOCUMENT:
+                    return found
+                document = found
             case SequenceBegin(tag=tag):
                 here += [f"{tag:08X}", "0"]
             case ItemBegin():
@@ -244,4 +263,6 @@ def find_bulk(data_set: DataSet, path: Sequence[str]) -> BulkData:
                 del here[-2:]
             case _:
                 pass
-    raise InstanceNotFound("the instance has no such bulk data")
+    if document is None:
+        raise InstanceNotFound("the instance has no such bulk data")
+    return document

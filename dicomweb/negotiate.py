@@ -216,3 +216,86 @@ def _on_offer(stored: Sequence[str], *, single: bool, container_fits: bool) -> s
     compressed = sum(uid not in UNCOMPRESSED for uid in stored)
     why = f"{compressed} of {len(stored)} instances are stored compressed and are not decompressed here; " if compressed else ""
     return f"{why}ask with transfer-syntax=* (as stored); on offer: {forms}, transfer syntaxes {', '.join(syntaxes)}"
+
+
+_IMAGE_TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        # media type and its older names: PS3.18 Table 8.7.3-4 and -5
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 53, 55, 57, 70)), ("image/jpeg",)),
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (80, 81)), ("image/jls", "image/x-jls")),
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (90, 91)), ("image/jp2",)),
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (92, 93)), ("image/jpx",)),
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (110, 111, 112)), ("image/jxl",)),
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (201, 202, 203)), ("image/jphc",)),
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in ("100", "100.1", "101", "101.1")), ("video/mpeg2",)),
+        **dict.fromkeys(
+            (f"1.2.840.10008.1.2.4.{number}{variant}" for number in range(102, 107) for variant in ("", ".1")), ("video/mp4",)
+        ),
+        **dict.fromkeys(("1.2.840.10008.1.2.4.107", "1.2.840.10008.1.2.4.108"), ("video/mp4",)),
+        "1.2.840.10008.1.2.5": ("image/dicom-rle", "image/x-dicom-rle"),
+    }
+)
+OCTETS = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class OctetPlan:
+    """How bulk data or frames are sent."""
+
+    container: Container
+    content_type: str
+    """Of each part, or of the whole."""
+    media_type: str
+    """The same without parameters."""
+
+
+def plan_octets(
+    accepted: Sequence[MediaType], transfer_syntax_uid: str, *, encapsulated: bool, single: bool, own_type: str = ""
+) -> OctetPlan:
+    """Choose container and media type for frames or another bulk value, as stored (native values little endian).
+
+    Parameters
+    ----------
+    transfer_syntax_uid
+        As the instance is stored.
+    encapsulated
+        Whether the value is compressed pixel data.
+    single
+        Whether there is one value, so that it can be given without multipart.
+    own_type
+        Media type that the object itself states for the value, for example application/pdf.
+
+    Raises
+    ------
+    NotAcceptable
+        Compressed frames are asked for decoded, or in another syntax than the stored one.
+
+    References
+    ----------
+    DICOM PS3.18 Section 8.7.3.3. ``application/octet-stream; transfer-syntax=*`` is not in it; viewers send it and mean "as stored".
+    """
+    real = _IMAGE_TYPES.get(transfer_syntax_uid, (OCTETS,)) if encapsulated else (OCTETS, *((own_type,) if own_type else ()))
+    syntax = transfer_syntax_uid if encapsulated else EXPLICIT_VR_LITTLE_ENDIAN
+    for media in accepted:
+        multipart = media.name in {"*/*", "multipart/*", "multipart/related"}
+        if not multipart and not single:
+            continue
+        name = (media.parameter("type").lower() or "*/*") if multipart else media.name
+        wanted = media.parameter("transfer-syntax")
+        if wanted not in {"", "*", syntax}:
+            continue
+        if name in real or (name == "*/*" or (name.endswith("/*") and any(one.startswith(name[:-1]) for one in real))):
+            chosen = name if name in real else real[0]
+        elif name == OCTETS and wanted:
+            chosen = real[0]
+        else:
+            continue
+        plain = not encapsulated and chosen != OCTETS
+        content_type = chosen if plain else f"{chosen}; transfer-syntax={syntax}"
+        return OctetPlan(Container.MULTIPART if multipart else Container.SINGLE, content_type, chosen)
+    if encapsulated:
+        raise NotAcceptable(
+            f'stored compressed and not decompressed here; on offer: multipart/related; type="{real[0]}"; transfer-syntax={syntax}, '
+            f'or multipart/related; type="{OCTETS}"; transfer-syntax=*'
+        )
+    raise NotAcceptable(f'on offer: multipart/related; type="{OCTETS}"' + "".join(f', multipart/related; type="{one}"' for one in real[1:]))
