@@ -266,7 +266,7 @@ class DataSetScanner:
         end = len(data)
         pos = 0
         if self._skip:
-            if self._skip >= end:
+            if self._skip > end:
                 self._skip -= end
                 self._at += end
                 return
