@@ -14,10 +14,10 @@ instances.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy.exc
 from sqlalchemy import (
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
     from storage.database import Database
 
+T = TypeVar("T")
+
 _DEPTH = {Level.PATIENT: 0, Level.STUDY: 1, Level.SERIES: 2, Level.INSTANCE: 3}
 _KNOWN_SERIES = 4096
 _PAGE = 500
@@ -73,7 +75,7 @@ def _storage_columns() -> list[Column[Any]]:
         Column("transfer_syntax_uid", Text, nullable=False),
         Column("byte_count", BigInteger, nullable=False),
         Column("sha256", Text, nullable=False),
-        Column("object_key", Text, nullable=False),
+        Column("object_key", Text, nullable=False, index=True),
         Column("sealed_byte_count", BigInteger, nullable=False),
         Column("sealed_sha256", Text, nullable=False),
         Column("key_id", Text, nullable=False),
@@ -567,6 +569,15 @@ class Index:
                     yield ArchivedObject(*row[1:], quarantined=table is QUARANTINE)
                 after = rows[-1].id
 
+    def known_objects(self, object_keys: Iterable[str]) -> set[str]:
+        """Return those of `object_keys` that the index knows; the others are orphans of a crash."""
+        wanted, known = list(object_keys), set[str]()
+        with self._database.read() as connection:
+            for page in _pages(wanted):
+                for table in (INSTANCES, QUARANTINE):
+                    known.update(row[0] for row in connection.execute(select(table.c.object_key).where(table.c.object_key.in_(page))))
+        return known
+
 
 # -- from records to rows ------------------------------------------------------------------------------------------------------------
 
@@ -701,7 +712,7 @@ def _report(row: Row[Any]) -> ReportRecord:
     return ReportRecord(row.sop_instance_uid, row.source_sop_instance_uid, row.kind, json.loads(row.models))
 
 
-def _pages(keys: list[int]) -> Iterator[list[int]]:
+def _pages(keys: list[T]) -> Iterator[list[T]]:
     for start in range(0, len(keys), _PAGE):
         yield keys[start : start + _PAGE]
 

@@ -1,5 +1,6 @@
 """The schema of the first version: audit trail, work queue, index."""
 
+# ruff: noqa: E501 - the names of constraints follow from METADATA and are long
 from __future__ import annotations
 
 import sqlalchemy as sa
@@ -112,6 +113,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_quarantine")),
         sa.UniqueConstraint("sop_instance_uid", "sha256", name=op.f("uq_quarantine_sop_instance_uid_sha256")),
     )
+    op.create_index(op.f("ix_quarantine_object_key"), "quarantine", ["object_key"], unique=False)
     op.create_table(
         "studies",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
@@ -217,6 +219,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_instances")),
         sa.UniqueConstraint("sop_instance_uid", name=op.f("uq_instances_sop_instance_uid")),
     )
+    op.create_index(op.f("ix_instances_object_key"), "instances", ["object_key"], unique=False)
     op.create_index(op.f("ix_instances_series_ref"), "instances", ["series_ref"], unique=False)
     op.create_table(
         "reports",
