@@ -26,10 +26,10 @@ from dicomweb.metadata import find_bulk, instance_json
 from dicomweb.multipart import MultipartWriter
 from dicomweb.negotiate import Container, OctetPlan, json_type, plan_instances, plan_octets
 from dicomweb.transcode import explicit_little_endian
-from storage.archive import StoredInstance
 from storage.errors import StorageError
 from storage.part10 import part10_prefix
 from storage.records import InstanceRecord
+from storage.stored import StoredInstance
 
 _log = logging.getLogger(__name__)
 DICOM = "application/dicom"
