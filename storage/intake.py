@@ -1,7 +1,6 @@
 """Intake: one instance on its way in. Scanned, digested and sealed as it streams; nothing of it is ever whole in memory.
 
-States, as a table (`TRANSITIONS`): OPEN takes bytes, COMMITTED gave its receipt, CLOSED was refused or given up. A landing
-file exists in OPEN only.
+OPEN takes bytes, COMMITTED gave its receipt, CLOSED was refused or given up; there is no way back. A landing file exists in OPEN only.
 """
 
 from __future__ import annotations
@@ -34,13 +33,6 @@ class IntakeState(StrEnum):
     OPEN = "open"
     COMMITTED = "committed"
     CLOSED = "closed"
-
-
-TRANSITIONS: Mapping[IntakeState, frozenset[IntakeState]] = {
-    IntakeState.OPEN: frozenset({IntakeState.OPEN, IntakeState.COMMITTED, IntakeState.CLOSED}),
-    IntakeState.COMMITTED: frozenset(),
-    IntakeState.CLOSED: frozenset(),
-}
 
 
 class Intake:

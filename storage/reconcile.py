@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from storage.envelope import Opener
@@ -12,16 +11,15 @@ from storage.errors import InstanceNotFound, IntegrityError
 from storage.records import AuditEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
     from datetime import datetime
 
     from storage.audit import AuditTrail
     from storage.envelope import Keyring
     from storage.index import ArchivedObject, Index
-    from storage.objects import ObjectInfo, ObjectStore
+    from storage.objects import ObjectStore
 
 _CHUNK = 1 << 20
-_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +74,13 @@ def verify(
     Unavailable
         Store or database cannot be read; nothing can be said of what is left.
     """
-    candidates = list(_unknown(index, store.list()))
+    listed = [info.object_key for info in store.list()]
+    known_keys: set[str] = set()
     missing: list[str] = []
     damaged: dict[str, str] = {}
     checked = byte_count = 0
     for known in index.all_objects():
+        known_keys.add(known.object_key)
         try:
             _verify_object(index, store, keyring, known)
         except InstanceNotFound:
@@ -92,8 +92,11 @@ def verify(
         checked += 1
         byte_count += known.byte_count
         progress(checked, None)
-    # What had no row when the store was listed may have been on its way in; by now it has one, or was dropped as a duplicate.
-    unindexed = [info.object_key for info in _unknown(index, candidates) if _there(store, info.object_key)]
+    unindexed = [object_key for object_key in listed if object_key not in known_keys]
+    if unindexed:
+        # What had no row may have been on its way in; by now it has one, or was dropped as a duplicate.
+        known_keys = {known.object_key for known in index.all_objects()}
+        unindexed = [object_key for object_key in unindexed if object_key not in known_keys and _there(store, object_key)]
     fault = audit.verify()
     found = Reconciliation(checked, byte_count, missing, damaged, unindexed, fault.reason if fault else "")
     audit.record(
@@ -109,19 +112,12 @@ def verify(
 
 def remove_orphans(*, index: Index, store: ObjectStore, older_than: datetime) -> int:
     """Delete objects without a row that the store took before `older_than`; return how many. Younger ones may be on their way in."""
-    old = (info for info in store.list() if info.modified_at < older_than)
-    removed = 0
-    for info in _unknown(index, old):
-        store.delete(info.object_key)
-        removed += 1
-    return removed
-
-
-def _unknown(index: Index, infos: Iterable[ObjectInfo]) -> Iterator[ObjectInfo]:
-    rest = iter(infos)
-    while page := list(islice(rest, _PAGE)):
-        known = index.known_objects([info.object_key for info in page])
-        yield from (info for info in page if info.object_key not in known)
+    old = [info.object_key for info in store.list() if info.modified_at < older_than]
+    known_keys = {known.object_key for known in index.all_objects()}
+    orphans = [object_key for object_key in old if object_key not in known_keys]
+    for object_key in orphans:
+        store.delete(object_key)
+    return len(orphans)
 
 
 def _there(store: ObjectStore, object_key: str) -> bool:

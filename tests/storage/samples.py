@@ -108,7 +108,7 @@ def chunks_of_video(size: int) -> Iterator[bytes]:
         yield number.to_bytes(8, "big") + frame[8:]
 
 
-def report(*, source: Sample, sop: str, text: bytes = b"finding") -> Sample:
+def report(*, source: Sample, sop: str, text: bytes = b"finding", patient_id: str = "PID-1") -> Sample:
     """Write the smallest data set that passes for a Comprehensive 3D SR in its source's study."""
     series = f"{sop}.1"
     item = element(0x0040A160, b"UT", text)
@@ -117,7 +117,7 @@ def report(*, source: Sample, sop: str, text: bytes = b"finding") -> Sample:
         + element(0x00080018, b"UI", sop.encode())
         + element(0x00080060, b"CS", b"SR")
         + element(0x00100010, b"PN", b"Canary^Test")
-        + element(0x00100020, b"LO", b"PID-1")
+        + element(0x00100020, b"LO", patient_id.encode())
         + element(0x0020000D, b"UI", source.study_instance_uid.encode())
         + element(0x0020000E, b"UI", series.encode())
         + element(0x0040A730, b"SQ", struct.pack("<HHI", 0xFFFE, 0xE000, len(item)) + item)
