@@ -366,6 +366,8 @@ class StoreReceiver(DULServiceProvider):
         if self._closing_since is None:
             self._closing_since = time.monotonic()
             self._buffer.discard()
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
         if time.monotonic() - self._closing_since > _LINGER_S:
             self.socket.close()
             return False

@@ -322,6 +322,7 @@ class AcceptedAssociation(Association):
         self.door = door
         self.peer: Peer | None = None
         self.address = normal_address(str(address[0]))
+        self._connection = connection
         self.acse = AdmittingACSE(self)
         self.dul = StoreReceiver(
             self,
@@ -355,6 +356,7 @@ class AcceptedAssociation(Association):
         finally:
             self.dul.kill_dul()
             self.dul.join()
+            self._connection.close()  # the library leaves it open when the peer was the first to go
             self.door.ended(self)
 
     def origin(self) -> Origin:
