@@ -34,7 +34,7 @@ from storage.errors import (
 from storage.failpoints import failpoint_from_environment, unarmed
 from storage.intake import IntakeState, footer_to_record, record_to_footer
 from storage.objects import S3Store
-from storage.records import Announced, JobKind, JobState, NewReport, Outcome
+from storage.records import Announced, JobKind, JobState, NewReport, Outcome, Receipt
 from tests.storage.house import House, origin_of
 from tests.storage.samples import Sample, photograph, report
 
@@ -403,8 +403,8 @@ def test_refusal_stands_when_it_cannot_be_recorded(house: House) -> None:
     """An audit trail that cannot be written does not hide the reason from the sender."""
     intake = house.archive.receive(origin_of(), transfer_syntax_uid="1.2.840.10008.1.2.1")
     house.database.close()
+    intake.write(photograph().data_set[:100])
     with pytest.raises(InvalidInstance):
-        intake.write(b"\0" * 200)
         intake.commit()
 
 
@@ -469,14 +469,14 @@ def test_lost_object_is_not_a_duplicate(house: House) -> None:
 # --- conclude and acknowledge ----------------------------------------------------------------------------------------
 
 
-def concluded(house: House, sample: Sample, **options: Any) -> list[Any]:
+def concluded(house: House, sample: Sample, *, patient_id: str = "PID-1") -> list[Receipt]:
     """Claim the analysis of a sample and conclude it with one report."""
     job = house.queue.claim(JobKind.ANALYSE, owner="test")
     assert job is not None
     assert job.sop_instance_uid == sample.sop_instance_uid
-    made = report(source=sample, sop=f"{sample.sop_instance_uid}1")
+    made = report(source=sample, sop=f"{sample.sop_instance_uid}1", patient_id=patient_id)
     new = NewReport(kind="summary", data_set=made.data_set, deliver_to=("pacs", "viewer"), models={"derm": "1 abc"})
-    return house.archive.conclude(job, reports=[new], result={"status": "analysed"}, **options)
+    return house.archive.conclude(job, reports=[new], result={"status": "analysed"})
 
 
 def test_conclude_is_one_transaction(either_house: House) -> None:
@@ -682,13 +682,10 @@ def test_trace_tells_the_whole_story(house: House) -> None:
 def test_trace_of_what_was_refused_or_kept_aside(house: House) -> None:
     """A refused instance is found by its announced UID, one in quarantine by its own; a UID never heard of is not found."""
     sample = photograph()
-    with (
-        pytest.raises(MismatchedInstance),
-        house.archive.receive(
-            origin_of(), transfer_syntax_uid=sample.transfer_syntax_uid, announced=Announced(sop_instance_uid="1.2.3")
-        ) as intake,
-    ):
-        intake.write(sample.data_set)
+    announced = Announced(sop_instance_uid="1.2.3")
+    intake = house.archive.receive(origin_of(), transfer_syntax_uid=sample.transfer_syntax_uid, announced=announced)
+    intake.write(sample.data_set)
+    with pytest.raises(MismatchedInstance):
         intake.commit()
     assert house.archive.trace("1.2.3")["audit"][0]["action"] == "instance.refused"
     house.ingest(sample)
@@ -703,7 +700,7 @@ def test_no_identity_in_any_file(house: House) -> None:
     """Name, ID and UIDs of the patient stand in no file under the data directory, in ASCII or UTF-16 (threats.md row 89)."""
     sample = photograph(name="Zanahoria^Quilla", patient_id="PATID-7391-XK")
     house.ingest(sample)
-    concluded(house, sample)
+    concluded(house, sample, patient_id="PATID-7391-XK")
     with pytest.raises(ConflictingInstance):
         house.ingest(photograph(sop=sample.sop_instance_uid, study=sample.study_instance_uid, patient_id="PATID-7391-XK"))
     words = ["Zanahoria", "PATID-7391-XK", sample.sop_instance_uid, sample.study_instance_uid, sample.series_instance_uid]
