@@ -85,15 +85,15 @@ class FileKeyring:
         """
         path = Path(path)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with path.open("rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                text = file.read()
         except FileNotFoundError as error:
             raise Unavailable(f"no key ring at {path}: run `dicom-node keys init`, or restore the file from its backup") from error
         except OSError as error:
             raise Unavailable(f"the key ring {path} cannot be read ({error.strerror}): give the node's user access to it") from error
-        with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(descriptor).st_mode & 0o077:
-                raise Unavailable(f"the key ring {path} is open to other users: run `chmod 600 {path}`")
-            text = file.read()
+        if mode & 0o077:
+            raise Unavailable(f"the key ring {path} is open to other users: run `chmod 600 {path}`")
         try:
             return cls._parse(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
