@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -19,7 +20,7 @@ from rich.tree import Tree
 from dicom_node import config
 from dicom_node.config import ConfigurationError, Settings
 from storage.errors import StorageError
-from storage.records import JobKind
+from storage.records import AuditEvent, JobKind
 
 ConfigOption = Annotated[
     Path | None,
@@ -90,7 +91,12 @@ def serve(
             else:
                 node.serve_role(settings, role, lifeline=lifeline, status=status)
         except node.StartError as error:
-            raise fail(*error.faults) from error
+            if lifeline < 0:
+                raise fail(*error.faults) from error
+            # Under the supervisor this is a log line among others.
+            for fault in error.faults:
+                structlog.get_logger().error("process.cannot_start", reason=fault)
+            raise typer.Exit(1) from error
 
 
 @app.command()
@@ -237,9 +243,11 @@ def requeue(
             raise fail(f"--dead {dead}: use {' or '.join(JobKind)}")
         if not job_ids and dead is None:
             raise fail("name job numbers, or --dead analyse, or --dead deliver")
-        count = sum(parts.archive.requeue(job_id=job_id) for job_id in job_ids or [])
-        if dead is not None:
-            count += parts.archive.requeue(kind=JobKind(dead))
+        for job_id in job_ids or []:
+            parts.queue.requeue(job_id)
+        count = len(job_ids or []) + (parts.queue.requeue_dead(JobKind(dead)) if dead is not None else 0)
+        detail = {"jobs": job_ids or [], "dead": dead or ""}
+        parts.audit.record(AuditEvent(action="job.requeued", outcome="success", actor="operator", detail=detail))
         typer.echo(f"{count} job{'s' if count != 1 else ''} will run again")
 
 
@@ -288,8 +296,8 @@ def keys_list(config_file: ConfigOption = None) -> None:
 
     with faults_as_sentences():
         table = Table("key", "made", "use")
-        for key in FileKeyring.load(_settings(config_file).ring_file).keys():
-            table.add_row(key.key_id, key.created_at, "new and old objects" if key.primary else "old objects")
+        for key in FileKeyring.load(_settings(config_file).ring_file).keys():  # noqa: SIM118 - a list of what may be shown
+            table.add_row(key.key_id, key.created_at.isoformat(timespec="seconds"), "new and old objects" if key.primary else "old objects")
         out.print(table)
 
 

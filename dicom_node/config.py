@@ -159,7 +159,7 @@ class ReportsSection(Section):
     """How findings are written as DICOM."""
 
     private_scheme: str = Field("99DERMNODE", pattern=r"^99[A-Z0-9_]{1,14}$", description="Coding scheme designator of our own codes.")
-    icd11_scheme: str = Field("99ICD11", pattern=r"^[A-Z0-9_]{1,16}$", description="Coding scheme designator for ICD-11 MMS.")
+    icd11_scheme: str = Field("99ICD11", pattern=r"^99[A-Z0-9_]{1,14}$", description="Coding scheme designator for ICD-11 MMS.")
     icd11_release: str = Field("2025-01", description="ICD-11 MMS release named as the scheme's version.")
 
 
@@ -232,7 +232,8 @@ class Settings(Section):
         return self.keys.file or self.node.data_dir / "keys" / "ring.json"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`."""
     if host == "localhost":
         return True
     try:
@@ -251,12 +252,12 @@ def _incoherences(settings: Settings) -> list[str]:
     titles = [(peer.ae_title, peer.host) for peer in settings.peers if peer.accept]
     for title, host in sorted({title for title in titles if titles.count(title) > 1}):
         faults.append(f"peers: AE title {title!r} at {host!r} stands twice with accept = true; a sender must be one peer")
-    if settings.dimse.enabled and not _is_loopback(settings.dimse.host) and not any(peer.accept for peer in settings.peers):
+    if settings.dimse.enabled and not is_loopback(settings.dimse.host) and not any(peer.accept for peer in settings.peers):
         faults.append(
             f"dimse.host: {settings.dimse.host} is reachable from elsewhere but no peer may store; "
             "add a [[peers]] entry for each sender, or listen on 127.0.0.1"
         )
-    if settings.dicomweb.enabled and not _is_loopback(settings.dicomweb.host) and not settings.dicomweb.trusted_proxy:
+    if settings.dicomweb.enabled and not is_loopback(settings.dicomweb.host) and not settings.dicomweb.trusted_proxy:
         faults.append(
             f"dicomweb.host: {settings.dicomweb.host} is reachable from elsewhere and this release has no login of its own; "
             "put an authenticating TLS proxy in front and set dicomweb.trusted_proxy = true, or listen on 127.0.0.1"

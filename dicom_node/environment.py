@@ -90,7 +90,7 @@ def _ports(settings: Settings) -> Iterator[Finding]:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:
-            text = f"{section.host}:{section.port} cannot be listened on ({error.strerror}); is a node running there already? Else choose another"
+            text = f"{section.host}:{section.port} cannot be listened on ({error.strerror}); does a node run already? Else choose another"
             yield Finding(subject, passed=False, text=text)
         else:
             yield Finding(subject, passed=True, text=f"{section.host}:{section.port} is free")
@@ -119,7 +119,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
         yield Finding("inference.bundles", passed=False, text=str(error))
         return
     for bundle in bundles:
-        yield Finding("inference.bundles", passed=True, text=f"{bundle.name} {bundle.version} ({bundle.digest[:12]})")
+        yield Finding("inference.bundles", passed=True, text=f"{bundle.card.name} {bundle.card.version} ({bundle.digest[:12]})")
 
 
 def _peers(settings: Settings) -> Iterator[Finding]:

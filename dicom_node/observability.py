@@ -24,6 +24,8 @@ FORBIDDEN_KEYS = frozenset(
     }
 )  # fmt: skip
 LONGEST_VALUE = 500
+PACKAGES = ("dicomweb", "inference", "storage")
+"""Ours that speak by the standard library, so that they know nothing of how a node writes its log."""
 LIBRARIES = ("aiohttp", "alembic", "asyncio", "boto3", "botocore", "pydicom", "pynetdicom", "s3transfer", "sqlalchemy", "urllib3")
 
 
@@ -66,11 +68,17 @@ def configure_logging(*, form: str, level: str, role: str) -> None:
     )
     structlog.contextvars.bind_contextvars(role=role)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[
-        structlog.stdlib.ProcessorFormatter.remove_processors_meta, *closing]))  # fmt: skip
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *closing],
+        )
+    )
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(number)
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
 

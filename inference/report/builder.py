@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -32,8 +32,10 @@ def _algorithms(analysis: ImageAnalysis) -> Iterator[Algorithm]:
                 yield part.algorithm
 
 
-def _basis(source: Source, analysis: ImageAnalysis, context: ReportContext) -> tuple[str, ...]:
+def _basis(source: Source, analysis: ImageAnalysis, context: ReportContext, node: NodeIdentity, schemes: CodingSchemes) -> tuple[str, ...]:
     """What the UIDs derive from: everything that decides the content, except the moment.
+
+    Software version and coding schemes are part of it: after an upgrade a repeated analysis is another document.
 
     The installation is part of it: two nodes with the same models say the same, but not in the same bytes, and one UID names one object.
     So is what failed: a run that could not compute something is another document than the complete one after it.
@@ -46,6 +48,8 @@ def _basis(source: Source, analysis: ImageAnalysis, context: ReportContext) -> t
         context.profile,
         context.configuration_digest,
         context.installation_uid,
+        *astuple(node),
+        *astuple(schemes),
         RESULT_SCHEMA,
         "bundles",
         *bundles,
@@ -146,7 +150,7 @@ def build_reports(
     """
     taken = read_source(source)
     analysis = replace(analysis, frames=tuple(_reportable(frame) for frame in analysis.frames))
-    basis = _basis(taken, analysis, context)
+    basis = _basis(taken, analysis, context, node, schemes)
     instant = Instant.parse(context.analysed_at, offset=taken.offset)
     tracker = Tracker(taken.sop_instance_uid, multi_frame=taken.multi_frame)
     outlines = _outlines(analysis, tracker)

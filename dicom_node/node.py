@@ -1,0 +1,533 @@
+"""The composition root: makes every object, hands each what it needs, starts and stops them. Nothing else knows the settings."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from dicom_node.config import Settings
+from dicom_node.dimse.scp import StorageSCP, is_storage
+from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
+from dicom_node.peers import Peer, Peers
+from dicom_node.routes import Route, Routing
+from dicom_node.supervisor import Supervisor, stop_on_signals, stop_with_parent
+from inference.pipeline import analysable
+from inference.pixels import pixels_equal
+from inference.report.identity import NodeIdentity, derived_uid
+from storage.archive import Archive
+from storage.audit import AuditTrail
+from storage.database import Database
+from storage.envelope import FileKeyring
+from storage.errors import StorageError, Unavailable
+from storage.failpoints import failpoint_from_environment
+from storage.index import Index
+from storage.objects import DirectoryStore, ObjectStore, S3Store
+from storage.records import JobKind, Limits, NewJob, Origin, Summary
+from storage.work import DEFAULT_ATTEMPTS, WorkQueue
+
+if TYPE_CHECKING:
+    from inference.bundle import ModelBundle
+
+log = structlog.get_logger()
+
+ROLES = ("dimse", "web", "worker", "courier")
+PORT_WAIT_S = 15.0
+"""How long a start waits for ports that the children of a killed node are still giving back."""
+
+
+class StartError(Exception):
+    """The node cannot start; each fault is a sentence with its remedy."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+@dataclass(frozen=True, slots=True)
+class StorageParts:
+    """What lies in the storage package, made for one process."""
+
+    archive: Archive
+    index: Index
+    queue: WorkQueue
+    audit: AuditTrail
+    database: Database
+    keyring: FileKeyring
+
+
+# --- making the parts ------------------------------------------------------------------------------------------------
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def database_file(settings: Settings) -> Path:
+    """Where the embedded database lies."""
+    return settings.node.data_dir.resolve() / "index.db"
+
+
+def object_store(settings: Settings) -> ObjectStore:
+    """Make the store that the configuration names."""
+    reach = failpoint_from_environment(os.environ)
+    if settings.archive.store == "s3":
+        return S3Store(
+            bucket=settings.archive.bucket,
+            prefix=settings.archive.prefix,
+            endpoint_url=settings.archive.endpoint_url or None,
+            region=settings.archive.region or None,
+            reach=reach,
+        )
+    return DirectoryStore(_folder(settings.node.data_dir / "objects"), reach=reach)
+
+
+def model_bundles(settings: Settings) -> tuple[ModelBundle, ...]:
+    """Load the bundles: the shipped ones, or those the configuration names.
+
+    Raises
+    ------
+    inference.errors.ModelUnavailable
+        One cannot be used; the message says why.
+    """
+    from inference.bundle import load_bundles  # noqa: PLC0415 - only workers and `check` need models
+
+    return load_bundles(settings.inference.bundles)
+
+
+def growing_delay(settings: Settings) -> Callable[[int], float]:
+    """Seconds to wait after the n-th failed attempt: doubling, with jitter so that peers are not asked in step."""
+    import random  # noqa: PLC0415
+
+    first, longest = settings.delivery.first_delay_s, settings.delivery.longest_delay_s
+    spread = random.Random()  # noqa: S311 - jitter, not a secret
+
+    def delay(attempts: int) -> float:
+        return min(longest, first * 2.0 ** min(attempts - 1, 40)) * spread.uniform(0.8, 1.2)
+
+    return delay
+
+
+@contextmanager
+def storage(settings: Settings) -> Iterator[StorageParts]:
+    """Open the archive of ``settings`` for one process.
+
+    Raises
+    ------
+    storage.errors.Unavailable
+        There is none yet, or it cannot be opened; the message says what to do.
+    """
+    if not database_file(settings).exists():
+        raise Unavailable(
+            f"there is no archive in {settings.node.data_dir.resolve()} yet; start the node once, or name its configuration with --config"
+        )
+    ring = FileKeyring.load(settings.ring_file)
+    database = Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())
+    try:
+        index = Index(database=database)
+        audit = AuditTrail(database=database)
+        attempts = {**DEFAULT_ATTEMPTS, JobKind.DELIVER: settings.delivery.attempts}
+        queue = WorkQueue(database=database, attempts=attempts, delay=growing_delay(settings))
+
+        def jobs_for(summary: Summary, _origin: Origin) -> Sequence[NewJob]:
+            wanted = settings.inference.enabled and analysable(summary)
+            return (NewJob(JobKind.ANALYSE, summary.sop_instance_uid),) if wanted else ()
+
+        archive = Archive(
+            database=database,
+            index=index,
+            queue=queue,
+            audit=audit,
+            store=object_store(settings),
+            keyring=ring,
+            landing=_folder(settings.node.data_dir / "landing"),
+            limits=Limits(
+                object_bytes=settings.limits.object_bytes,
+                depth=settings.limits.depth,
+                elements=settings.limits.elements,
+                inflate_ratio=settings.limits.inflate_ratio,
+                inflate_bytes=settings.limits.inflate_bytes,
+            ),
+            jobs_for=jobs_for,
+            pixels_equal=pixels_equal,
+            on_conflict=settings.archive.on_conflict,
+            accept_sop_class=lambda uid: is_storage(uid, unknown=settings.dimse.unknown_sop_classes),
+            min_free_bytes=settings.archive.min_free_bytes,
+            reach=failpoint_from_environment(os.environ),
+        )
+        try:
+            yield StorageParts(archive, index, queue, audit, database, ring)
+        finally:
+            archive.close()
+    finally:
+        database.close()
+
+
+def peers_of(settings: Settings) -> Peers:
+    """Make the peers of the configuration."""
+    return Peers([
+        Peer(name=peer.name, ae_title=peer.ae_title, host=peer.host, port=peer.port, accept=peer.accept, deliver=peer.deliver)
+        for peer in settings.peers
+    ])  # fmt: skip
+
+
+def _ensure_keys(settings: Settings) -> None:
+    path = settings.ring_file
+    if path.exists():
+        return
+    if database_file(settings).exists():
+        raise StartError(f"the key ring {path} is missing although data exists; put its copy back: without it nothing stored can be read")
+    _folder(path.parent)
+    FileKeyring.create(path)
+    log.warning("keys.made", file=str(path), advice="keep a copy elsewhere: without it nothing stored here can be read")
+
+
+# --- the whole node --------------------------------------------------------------------------------------------------
+
+
+def serve(settings: Settings, config_file: Path | None) -> None:
+    """Prepare the archive, start a process a role, keep them running until SIGTERM or SIGINT.
+
+    Raises
+    ------
+    StartError
+        Another node uses the folder, a port is taken, keys or archive cannot be opened.
+    """
+    stop = stop_on_signals()
+    data_dir = settings.node.data_dir
+    try:
+        _folder(data_dir)
+        prepare_metrics(_folder(data_dir / "run") / "metrics")
+        lock = _lock(data_dir / "run" / "node.lock")
+    except OSError as error:
+        raise StartError(f"node.data_dir: {data_dir} cannot be used ({error.strerror}); name a folder this user may write") from error
+    configure_logging(form=settings.logging.format, level=settings.logging.level, role="node")
+    try:
+        _ensure_keys(settings)
+        ring = FileKeyring.load(settings.ring_file)
+        database = Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())
+        try:
+            database.migrate()
+        finally:
+            database.close()
+        _await_ports(settings, stop)
+        with storage(settings) as parts:
+            removed = parts.archive.sweep()
+            log.info("node.starting", version=version("dicom-node"), data_dir=str(data_dir.resolve()), swept=removed)
+            _supervise(settings, config_file, parts, stop)
+    except StorageError as error:
+        raise StartError(str(error)) from error
+    finally:
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise StartError(
+            f"another node (process {holder or 'unknown'}) uses {path.parent.parent}; stop it, or name another node.data_dir"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+    return descriptor
+
+
+def _roles(settings: Settings) -> list[str]:
+    roles = []
+    if settings.dimse.enabled:
+        roles.append("dimse")
+    if settings.dicomweb.enabled:
+        roles.append("web")
+    if settings.inference.enabled:
+        roles += ["worker"] * settings.inference.workers
+    if settings.delivery.enabled:
+        roles.append("courier")
+    return roles
+
+
+def _await_ports(settings: Settings, stop: threading.Event) -> None:
+    deadline = time.monotonic() + PORT_WAIT_S
+    while faults := _taken(settings):
+        if stop.is_set() or time.monotonic() > deadline:
+            raise StartError(*faults)
+        stop.wait(0.2)
+
+
+def _taken(settings: Settings) -> list[str]:
+    faults = []
+    for name, section in (("dimse", settings.dimse), ("dicomweb", settings.dicomweb), ("admin", settings.admin)):
+        if not section.enabled or section.port == 0:
+            continue
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(section.host, section.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            faults.append(f"{name}.port: {section.host}:{section.port} cannot be listened on ({error.strerror}); "
+                          f"stop what uses it, or choose another port")  # fmt: skip
+    return faults
+
+
+def _supervise(settings: Settings, config_file: Path | None, parts: StorageParts, stop: threading.Event) -> None:
+    supervisor = Supervisor(roles=_roles(settings), config=config_file, on_exit=forget_process)
+    admin = None
+    if settings.admin.enabled:
+        from dicom_node.admin import AdminServer  # noqa: PLC0415 - aiohttp loads only where it serves
+
+        admin = AdminServer(
+            host=settings.admin.host,
+            port=settings.admin.port,
+            metrics=lambda: exposition(_gauges(settings, supervisor, parts)),
+            readiness=lambda: _not_ready(supervisor, parts),
+        )
+        admin.start()
+    try:
+        supervisor.run(stop, drain_s=settings.node.drain_s, on_ready=lambda: _say_ready(settings))
+    finally:
+        if admin is not None:
+            admin.stop()
+        log.info("node.stopped")
+
+
+def _not_ready(supervisor: Supervisor, parts: StorageParts) -> list[str]:
+    faults = [f"process {name} is {state}" for name, state in supervisor.states().items() if state != "ready"]
+    try:
+        parts.archive.check()
+    except StorageError as error:
+        faults.append(str(error))
+    return faults
+
+
+def _gauges(settings: Settings, supervisor: Supervisor, parts: StorageParts) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    for name, state in supervisor.states().items():
+        yield "dicom_node_process_ready", "1 when the process runs and is ready.", {"process": name}, float(state == "ready")
+    yield "dicom_node_free_bytes", "Free space of the data folder.", {}, float(shutil.disk_usage(settings.node.data_dir).free)
+    for (kind, state), count in parts.queue.counts().items():
+        yield "dicom_node_jobs", "Jobs by kind and state.", {"kind": str(kind), "state": str(state)}, float(count)
+    for kind, age in parts.queue.oldest_ready_s().items():
+        yield "dicom_node_oldest_ready_seconds", "Age of the oldest job that waits.", {"kind": str(kind)}, age
+
+
+def _say_ready(settings: Settings) -> None:
+    log.info("node.ready")
+    if not sys.stderr.isatty() and settings.logging.format != "console":
+        return
+    command = sys.argv[0] if os.sep in sys.argv[0] else "dicom-node"
+    if command.endswith("__main__.py"):
+        command = "dicom-node"
+    lines = ["", "The node is ready. Send a first image from a second terminal:", f"    {command} send --demo"]
+    if settings.dimse.enabled:
+        lines.append(f"    storescu -aec {settings.dimse.ae_title} {settings.dimse.host} {settings.dimse.port} FILE.dcm")
+    lines += ["and ask where it is:", f"    {command} trace UID", ""]
+    if settings.dicomweb.enabled:
+        lines.append(f"DICOMweb: http://{settings.dicomweb.host}:{settings.dicomweb.port}{settings.dicomweb.base_path}")
+    if settings.admin.enabled:
+        lines.append(f"Health and metrics: http://{settings.admin.host}:{settings.admin.port}/readyz and /metrics")
+    lines += [f"Data: {settings.node.data_dir.resolve()} (encrypted; keep a copy of {settings.ring_file})", "Stop: Ctrl-C", ""]
+    sys.stderr.write("\n".join(lines))
+    sys.stderr.flush()
+
+
+# --- one role --------------------------------------------------------------------------------------------------------
+
+
+def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> None:
+    """Run one role in this process until SIGTERM, SIGINT or the end of the parent.
+
+    Parameters
+    ----------
+    lifeline, status
+        Descriptors of the supervisor's pipes; -1 without a supervisor.
+
+    Raises
+    ------
+    StartError
+        No such role, or it cannot start.
+    """
+    if role not in ROLES:
+        raise StartError(f"--role {role}: use one of {', '.join(ROLES)}")
+    stop = stop_on_signals()
+    if lifeline >= 0:
+        stop_with_parent(lifeline, stop)
+    configure_logging(form=settings.logging.format, level=settings.logging.level, role=role)
+
+    def ready() -> None:
+        log.debug("process.ready")
+        if status >= 0:
+            os.write(status, b"ready\n")
+
+    run: Callable[..., None] = {"dimse": _dimse, "web": _web, "worker": _worker, "courier": _courier}[role]
+    try:
+        with storage(settings) as parts:
+            run(settings, parts, Metrics(), stop, ready)
+    except StorageError as error:
+        raise StartError(str(error)) from error
+    except OSError as error:
+        raise StartError(f"{role}: {error.strerror or error}; check host and port of its section") from error
+
+
+def _dimse(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+    from dicom_node.dimse.receive import ReceiveLimits  # noqa: PLC0415
+
+    def observe(event: str, **labels: Any) -> None:
+        kind, _, what = event.partition(".")
+        if kind == "association":
+            metrics.association(what)
+        elif event == "instance.received":
+            metrics.instance(door="dimse", outcome=labels["outcome"], byte_count=labels["byte_count"])
+            metrics.seconds("receive", labels["seconds"])
+        elif event == "instance.refused":
+            metrics.instance(door="dimse", outcome=f"0x{labels['status']:04X}")
+        else:
+            metrics.instance(door="dimse", outcome=what)
+
+    scp = StorageSCP(
+        archive=parts.archive,
+        peers=peers_of(settings),
+        ae_title=settings.dimse.ae_title,
+        host=settings.dimse.host,
+        port=settings.dimse.port,
+        maximum_associations=settings.dimse.maximum_associations,
+        accept_unknown_peers=_trusts_callers(settings),
+        unknown_sop_classes=settings.dimse.unknown_sop_classes,
+        limits=ReceiveLimits(idle_s=settings.dimse.idle_s),
+        message_bytes=settings.limits.object_bytes + 64 * 1024**2,
+        observe=observe,
+    )
+    scp.start()
+    ready()
+    stop.wait()
+    scp.stop(settings.node.drain_s)
+
+
+def _trusts_callers(settings: Settings) -> bool:
+    from dicom_node.config import is_loopback  # noqa: PLC0415
+
+    return settings.dimse.accept_unknown_peers == "loopback" and is_loopback(settings.dimse.host)
+
+
+def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+    from aiohttp import web  # noqa: PLC0415 - only this role needs it
+
+    from dicomweb.app import make_app  # noqa: PLC0415
+    from dicomweb.context import WebLimits  # noqa: PLC0415
+    from dicomweb.multipart import MultipartLimits  # noqa: PLC0415
+
+    app = make_app(
+        archive=parts.archive,
+        index=parts.index,
+        base_path=settings.dicomweb.base_path,
+        limits=WebLimits(multipart=MultipartLimits(parts=settings.limits.parts)),
+        workers=settings.dicomweb.threads,
+        node_ae_title=settings.dimse.ae_title,
+        public_url=settings.dicomweb.public_url,
+        trusted_proxy=settings.dicomweb.trusted_proxy,
+        cors_origins=settings.dicomweb.cors_origins,
+        meter=metrics,
+    )
+
+    async def run() -> None:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.node.drain_s)
+        await runner.setup()
+        await web.TCPSite(runner, settings.dicomweb.host, settings.dicomweb.port, reuse_address=True).start()
+        ready()
+        await asyncio.to_thread(stop.wait)
+        await runner.cleanup()
+
+    asyncio.run(run())
+
+
+def _worker(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+    from inference.errors import InferenceError  # noqa: PLC0415 - torch loads in workers alone
+    from inference.pipeline import Pipeline  # noqa: PLC0415
+    from inference.report import CodingSchemes, build_reports  # noqa: PLC0415
+    from inference.runner import ModelRunner  # noqa: PLC0415
+    from inference.worker import Worker, nowhere  # noqa: PLC0415
+
+    def observe(event: str, **labels: Any) -> None:
+        if event == "analysis.concluded":
+            metrics.analysis(labels["outcome"])
+            metrics.seconds("analyse", labels["seconds"])
+        else:
+            metrics.analysis(event.removeprefix("analysis."))
+
+    threads = settings.inference.threads or max(1, (os.cpu_count() or 1) // settings.inference.workers)
+    identity, installation_uid = node_identity(parts)
+    schemes = CodingSchemes(settings.reports.private_scheme, settings.reports.icd11_scheme, settings.reports.icd11_release)
+    try:
+        runner = ModelRunner(model_bundles(settings), threads=threads, device=settings.inference.device)
+        pipeline = Pipeline(model=runner, profile=settings.node.profile, max_frames=settings.limits.frames, observe=metrics.seconds)
+    except InferenceError as error:
+        raise StartError(f"inference.bundles: {error}") from error
+    worker = Worker(
+        archive=parts.archive,
+        index=parts.index,
+        queue=parts.queue,
+        audit=parts.audit,
+        database=parts.database,
+        pipeline=pipeline,
+        reports=partial(build_reports, node=identity, schemes=schemes),
+        installation_uid=installation_uid,
+        deliver_to=routing(settings, peers_of(settings)).destinations if settings.delivery.enabled else nowhere,
+        max_pixels=settings.limits.pixels,
+        max_bytes=settings.limits.object_bytes,
+        reach=failpoint_from_environment(os.environ),
+        wait=parts.database.changed,
+        observe=observe,
+    )
+    ready()
+    worker.run(stop)
+
+
+def _courier(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+    from dicom_node.courier import Courier  # noqa: PLC0415
+    from dicom_node.dimse.scu import StorageSCU  # noqa: PLC0415
+
+    def observe(event: str, **labels: Any) -> None:
+        metrics.delivery(peer=labels["peer"], outcome=event.removeprefix("delivery."))
+        if "seconds" in labels:
+            metrics.seconds("deliver", labels["seconds"])
+
+    courier = Courier(
+        archive=parts.archive,
+        queue=parts.queue,
+        peers=peers_of(settings),
+        sender=StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s),
+        reach=failpoint_from_environment(os.environ),
+        wait=parts.database.changed,
+        observe=observe,
+    )
+    ready()
+    courier.run(stop)
+
+
+def node_identity(parts: StorageParts) -> tuple[NodeIdentity, str]:
+    """Return who we are in reports: the equipment, and the Device Observer UID, both stable for an installation (its key ring)."""
+    secret = parts.keyring.derive("installation").hex()
+    uid = derived_uid("installation", secret)
+    return NodeIdentity("dicom-node", "dicom-node", version("dicom-node"), uid[-16:]), uid
+
+
+def routing(settings: Settings, peers: Peers) -> Routing:
+    """Make the routes of the configuration."""
+    return Routing(peers=peers, routes=[Route(route.from_, route.to) for route in settings.routes])

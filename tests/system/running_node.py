@@ -1,0 +1,169 @@
+"""A whole node as its users have it: `dicom-node serve` in processes of its own, on free ports, with a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+START_S = 90.0
+
+
+def free_port() -> int:
+    """A TCP port that nothing uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RunningNode:
+    """Starts, stops, kills and asks a node."""
+
+    def __init__(self, folder: Path, *, toml: str = "", environ: Mapping[str, str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.data_dir = folder / "var"
+        self.dimse_port, self.web_port, self.admin_port = free_port(), free_port(), free_port()
+        self.config = folder / "node.toml"
+        self.config.write_text(toml)
+        self.log = folder / "node.log"
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("DICOM_NODE_", "AWS_"))}
+        self.environ = {
+            **clean,
+            "DICOM_NODE_NODE__DATA_DIR": str(self.data_dir),
+            "DICOM_NODE_DIMSE__PORT": str(self.dimse_port),
+            "DICOM_NODE_DICOMWEB__PORT": str(self.web_port),
+            "DICOM_NODE_ADMIN__PORT": str(self.admin_port),
+            "DICOM_NODE_LOGGING__FORMAT": "json",
+            **(environ or {}),
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def base_url(self) -> str:
+        """Of DICOMweb."""
+        return f"http://127.0.0.1:{self.web_port}/dicomweb"
+
+    def command(self, *arguments: str, expect: int | None = 0, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run `dicom-node` against this node."""
+        done = subprocess.run(
+            [sys.executable, "-m", "dicom_node", *arguments, "--config", str(self.config)],
+            env={**self.environ, **(environ or {})}, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        if expect is not None:
+            assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.log_text()[-3000:]}"
+        return done
+
+    def start(self, *, wait: bool = True, environ: Mapping[str, str] | None = None) -> RunningNode:
+        """Start and wait until it is ready."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dicom_node", "serve", "--config", str(self.config)],
+                env={**self.environ, **(environ or {})}, stdout=log, stderr=log,
+            )  # fmt: skip
+        if wait:
+            self.await_ready()
+        return self
+
+    def await_ready(self) -> None:
+        """Wait until /readyz says so."""
+        deadline = time.monotonic() + START_S
+        while not self.ready():
+            assert self.process is not None
+            assert self.process.poll() is None, f"the node ended with {self.process.returncode}:\n{self.log_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"not ready in {START_S} s:\n{self.log_text()[-3000:]}"
+            time.sleep(0.1)
+
+    def ready(self) -> bool:
+        """Ask /readyz."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.admin_port}/readyz", timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def stop(self) -> int:
+        """SIGTERM; return the exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
+        self.process = None
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL to the parent; its children stop by themselves."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
+    def children(self) -> dict[int, str]:
+        """Process id -> role of each child."""
+        assert self.process is not None
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if int(fields[1]) == self.process.pid and b"--role" in words:
+                found[int(entry.name)] = words[words.index(b"--role") + 1].decode()
+        return found
+
+    def log_text(self) -> str:
+        """Everything it logged."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def trace(self, uid: str) -> dict[str, Any]:
+        """`dicom-node trace --json`."""
+        return dict(json.loads(self.command("trace", uid, "--json").stdout))
+
+    def await_trace(self, uid: str, done: Any, *, seconds: float = 90.0) -> dict[str, Any]:
+        """Trace ``uid`` until ``done(trace)``."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = self.trace(uid)
+            if done(found):
+                return found
+            assert time.monotonic() < deadline, f"{json.dumps(found, indent=1)[:4000]}\n{self.log_text()[-2000:]}"
+            time.sleep(0.3)
+
+
+@contextmanager
+def running_node(folder: Path, *, toml: str = "", environ: Mapping[str, str] | None = None) -> Iterator[RunningNode]:
+    """Give a started node; it is stopped at the end."""
+    node = RunningNode(folder, toml=toml, environ=environ).start()
+    try:
+        yield node
+    finally:
+        if node.process is not None:
+            node.stop()
+
+
+def get(url: str, accept: str = "*/*") -> tuple[int, bytes]:
+    """GET; status and body, whatever the status."""
+    request = urllib.request.Request(url, headers={"Accept": accept})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def analysed(found: dict[str, Any]) -> bool:
+    """Every instance of a trace has a finished analysis."""
+    jobs = [job for instance in found["instances"] for job in instance["jobs"] if job["kind"] == "analyse"]
+    return bool(jobs) and all(job["state"] == "done" for job in jobs)
