@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storage.database import Database
 from storage.objects import ObjectStore, S3Store
 from tests.storage.house import House, build
+from tests.storage.support import open_database
 
 Build = Callable[..., House]
 
@@ -46,3 +49,22 @@ def s3_store(s3_bucket: Callable[[], tuple[str, str, Path]]) -> ObjectStore:
 def either_house(request: pytest.FixtureRequest, houses: Build) -> House:
     """One archive over each store in turn."""
     return houses() if request.param == "directory" else houses(store=request.getfixturevalue("s3_store"))
+
+
+@pytest.fixture(scope="session")
+def template_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a new, migrated database; tests copy it, which is quicker than migrating."""
+    folder = tmp_path_factory.mktemp("template")
+    database = open_database(folder)
+    database.migrate()
+    database.close()
+    return folder / "node.db"
+
+
+@pytest.fixture
+def database(template_database: Path, tmp_path: Path) -> Iterator[Database]:
+    """An empty database, node.db in tmp_path."""
+    shutil.copy(template_database, tmp_path)
+    database = open_database(tmp_path)
+    yield database
+    database.close()

@@ -1,6 +1,6 @@
 """The schema of the first version: audit trail, work queue, index."""
 
-# ruff: noqa: E501 - the names of constraints follow from METADATA and are long
+
 from __future__ import annotations
 
 import sqlalchemy as sa
