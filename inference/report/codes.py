@@ -81,9 +81,9 @@ def coded(code: Code, schemes: CodingSchemes) -> list[Element]:
     """Elements of a Code Sequence item (PS3.3 Table 8.8-1): Code Value, Long Code Value or URN Code Value, whichever fits."""
     value = one_line(code.value)
     meaning: Element = (0x00080104, "LO", shortened(code.meaning) or shortened(value))
-    if re.match(r"(urn:|https?://)", value):
-        return [(0x00080120, "UR", value), meaning]
     designator: Element = (0x00080102, "SH", schemes.designator(code.scheme_designator))
+    if re.match(r"(urn:|https?://)", value):  # here the designator may be left out, but DCMTK 3.6.7 cannot read the item then
+        return [(0x00080120, "UR", value), designator, meaning]
     if len(value) > 16:
         return [(0x00080119, "UC", value), designator, meaning]
     return [(0x00080100, "SH", value), designator, meaning]

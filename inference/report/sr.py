@@ -275,7 +275,7 @@ class ReportTree:
 
     def _full_titles(self, frames: Sequence[FrameAnalysis]) -> Iterator[Item]:
         """Titles that a Code Meaning (64 characters) had to cut."""
-        long = {category.code for frame in frames for category in _top(frame) if len(category.code.meaning) > 64}
+        long = {category.code for frame in frames for category in _top(frame) if shortened(category.code.meaning) != category.code.meaning}
         for code in sorted(long, key=lambda code: (code.value, code.meaning)):
             yield self._items.text(CONTAINS, codes.COMMENT, f"{code.value}: {code.meaning}")
 
@@ -302,10 +302,8 @@ class ReportTree:
         return self._schemes.identification(self._items.designators)
 
 
-def _top(frame: FrameAnalysis) -> list[Category]:
-    if frame.diagnosis is None:
-        return []
-    return sorted(frame.diagnosis.categories, key=lambda category: (-category.probability, category.code.value))[:TOP_CATEGORIES]
+def _top(frame: FrameAnalysis) -> tuple[Category, ...]:
+    return frame.diagnosis.categories[:TOP_CATEGORIES] if frame.diagnosis is not None else ()
 
 
 def document(
@@ -322,7 +320,6 @@ def document(
     missing = wording.completion_description(analysis)
     elements = [
         *identity.elements(COMPREHENSIVE_3D_SR, "SR", kind, source),
-        (0x00080110, "SQ", scheme_items),
         (0x00081111, "SQ", ()),  # Referenced Performed Procedure Step
         (0x0040A372, "SQ", ()),  # Performed Procedure Code
         (0x0040A491, "CS", "PARTIAL" if missing else "COMPLETE"),
@@ -335,6 +332,8 @@ def document(
         ),
         *tree,
     ]
+    if scheme_items:
+        elements.append((0x00080110, "SQ", scheme_items))
     if missing:
         elements.append((0x0040A492, "LO", shortened(missing)))
     if predecessor is not None and predecessor.sop_instance_uid != identity.sop_instance_uid:

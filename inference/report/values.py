@@ -50,12 +50,17 @@ def one_line(text: str) -> str:
 
 
 def shortened(text: str, limit: int = 64) -> str:
-    """Text that fits an LO, SH or the like: one line, cut at a word where it is longer than `limit` characters."""
+    """Text that fits an LO, SH or the like: one line, cut at a word where it is longer than `limit`.
+
+    The standard counts characters, some readers and validators count bytes of UTF-8: what fits by bytes fits by both.
+    """
     text = one_line(text)
-    if len(text) <= limit:
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= limit:
         return text
-    head = text[: limit + 1].rsplit(" ", 1)[0]
-    return (head if 0 < len(head) <= limit else text[:limit]).rstrip(" ,;:(")
+    whole = encoded[:limit].decode("utf-8", "ignore")
+    words = text[: len(whole) + 1].rsplit(" ", 1)[0]
+    return (words if 0 < len(words) <= len(whole) else whole).rstrip(" ,;:(")
 
 
 def paragraphs(text: str) -> str:

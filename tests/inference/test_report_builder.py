@@ -585,7 +585,7 @@ def frames(drawing: st.DrawFn, number: int) -> FrameAnalysis:
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), st.integers(1, 3))
 def test_whatever_the_models_say_the_reports_are_readable(data: st.DataObject, count: int) -> None:
     """Any analysis: readable by highdicom and pydicom, tracking UIDs unique, SCOORD closed and inside, segments together the mask."""
