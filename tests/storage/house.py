@@ -10,7 +10,7 @@ from typing import Any
 
 from storage.archive import Archive
 from storage.audit import AuditTrail
-from storage.database import Database
+from storage.database import Clock, Database, utc_now
 from storage.envelope import FileKeyring
 from storage.failpoints import unarmed
 from storage.index import Index
@@ -73,14 +73,16 @@ def origin_of(**fields: str) -> Origin:
     return Origin(door="dimse", received_at=datetime.now(UTC), **{"calling_ae_title": "SENDER", "address": "192.0.2.1", **fields})
 
 
-def build(folder: Path, *, store: ObjectStore | None = None, reach: Callable[[str], None] = unarmed, **options: Any) -> House:
+def build(
+    folder: Path, *, store: ObjectStore | None = None, reach: Callable[[str], None] = unarmed, clock: Clock = utc_now, **options: Any
+) -> House:
     """Make or open a house in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     ring = folder / "keys.json"
     keyring = FileKeyring.load(ring) if ring.exists() else FileKeyring.create(ring)
     database = Database(url=f"sqlite:///{folder / 'node.db'}", key=keyring.database_key())
     database.migrate()
-    index, queue, audit = Index(database=database), WorkQueue(database=database), AuditTrail(database=database)
+    index, queue, audit = Index(database=database), WorkQueue(database=database, clock=clock), AuditTrail(database=database)
     store = store if store is not None else DirectoryStore(folder / "objects", reach=reach)
     archive = Archive(
         database=database,

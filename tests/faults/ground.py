@@ -1,0 +1,174 @@
+"""What the fault tests do in the process that is hit, and how they judge the folder afterwards.
+
+Everything derives from a seed, so that the judge knows every byte that was sent without having been told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from storage.errors import LeaseLost
+from storage.failpoints import unarmed
+from storage.records import Job, JobKind, JobState, NewReport, Outcome
+from tests.storage.house import House, build
+from tests.storage.samples import Sample, photograph, report
+
+PEERS = ("pacs", "viewer")
+INTAKE_STEPS = (
+    "intake.opened", "intake.first_chunk", "intake.sealed", "landing.flushed", "object.renamed", "directory.flushed",
+    "index.begin", "index.written", "index.committed", "receipt.ready",
+)  # fmt: skip
+WORK_STEPS = ("report.stored", "conclude.begin", "conclude.written", "conclude.committed", "acknowledge.committed")
+
+
+def sample(seed: int) -> Sample:
+    """Return the instance of a seed: mostly small, every eighth longer than one sealed segment."""
+    rng = random.Random(seed)
+    rows, columns = (1100, 1100) if seed % 8 == 7 else rng.choice(((16, 16), (64, 128)))
+    uid = f"2.25.{rng.getrandbits(100)}"
+    return photograph(sop=f"{uid}.1", series=f"{uid}.2", study=f"{uid}.3", pixels=rng.randbytes(rows * columns), rows=rows, columns=columns)
+
+
+def report_of(seed: int) -> Sample:
+    """Return the report that an analysis of the seed's instance makes, every time the same bytes."""
+    source = sample(seed)
+    return report(source=source, sop=f"{source.study_instance_uid}.9", text=hashlib.sha256(source.data_set).hexdigest().encode())
+
+
+def work_off(house: House, seeds: dict[str, int], say: Callable[[str], None] = lambda _: None) -> None:
+    """Conclude every analysis and acknowledge every delivery that is due, as worker and courier do."""
+    while (job := house.queue.claim(JobKind.ANALYSE, owner="harness")) is not None:
+        seed = seeds[job.sop_instance_uid]
+        made = NewReport("summary", report_of(seed).data_set, deliver_to=PEERS, models={"harness": "1"})
+        _unless_lost(house.archive.conclude, job, reports=[made], result={"seed": seed})
+        say(f"concluded {seed}")
+    for peer in PEERS:
+        while (job := house.queue.claim(JobKind.DELIVER, lane=peer, owner="harness")) is not None:
+            _unless_lost(house.archive.acknowledge, job, status=0)
+
+
+def _unless_lost(step: Callable[..., object], job: Job, **arguments: object) -> None:
+    with suppress(LeaseLost):  # another thread of this process finished it
+        step(job, **arguments)
+
+
+def run(
+    folder: Path,
+    seeds: Iterable[int],
+    say: Callable[[str], None],
+    *,
+    reach: Callable[[str], None] = unarmed,
+    threads: int = 1,
+    work: bool = True,
+) -> None:
+    """Be the node: receive the seeds' instances, saying ``stored SEED DIGEST`` after each receipt, and work the jobs off."""
+    house = build(folder, reach=reach)
+    house.archive.sweep()
+    seeds = list(seeds)
+    uids = {sample(seed).sop_instance_uid: seed for seed in seeds}
+
+    def receive(mine: list[int]) -> None:
+        for seed in mine:
+            receipt = house.ingest(sample(seed))
+            say(f"stored {seed} {receipt.sha256}")
+            if work and threads == 1:
+                work_off(house, uids, say)
+
+    if threads == 1:
+        receive(seeds)
+    else:
+        crew = [threading.Thread(target=receive, args=(seeds[number::threads],)) for number in range(threads)]
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            thread.join()
+        if work:
+            work_off(house, uids, say)
+    house.close()
+
+
+@dataclass
+class Verdict:
+    """What the judge found; every fault in words."""
+
+    faults: list[str] = field(default_factory=list)
+    acknowledged: int = 0
+    lost: int = 0
+    orphans: int = 0
+
+
+def judge(folder: Path, said: Iterable[str], sent: Iterable[int]) -> Verdict:
+    """Start on a folder that was hit and prove the promises.
+
+    Every acknowledged instance is there bit-exact with exactly one analysis; store, index and audit trail reconcile; no landing
+    file is left; whatever was not acknowledged can be sent again; in the end every instance has one report and one proof per peer.
+    """
+    verdict = Verdict()
+    # Two minutes later: the leases of the dead have run out.
+    house = build(folder, clock=lambda: datetime.now(UTC) + timedelta(minutes=2))
+    try:
+        house.archive.sweep()
+        if house.landing_files():
+            verdict.faults.append("the sweep left landing files of a dead process")
+        uids = {sample(seed).sop_instance_uid: seed for seed in sent}
+        for line in said:
+            what, number, *digest = line.split()
+            seed = int(number)
+            one = sample(seed)
+            if what == "stored":
+                verdict.acknowledged += 1
+                if digest != [hashlib.sha256(one.data_set).hexdigest()]:
+                    verdict.faults.append(f"seed {seed}: acknowledged under another digest")
+            _judge_instance(house, one if what == "stored" else report_of(seed), seed, verdict)
+        found = house.archive.verify()
+        if not found.intact:
+            verdict.faults += found.lines()
+        verdict.orphans = house.archive.sweep(orphan_grace=timedelta(minutes=-10))
+        for seed in uids.values():
+            if house.ingest(sample(seed)).outcome not in Outcome:
+                verdict.faults.append(f"seed {seed}: cannot be sent again")
+        work_off(house, uids)
+        for seed in uids.values():
+            _judge_end(house, seed, verdict)
+        rows = {known.object_key for known in house.index.all_objects()}
+        if rows != set(house.objects()):
+            verdict.faults.append("objects and rows do not match one to one")
+        if house.landing_files():
+            verdict.faults.append("landing files are left after the second sending")
+    finally:
+        house.close()
+    return verdict
+
+
+def _judge_instance(house: House, one: Sample, seed: int, verdict: Verdict) -> None:
+    try:
+        if house.read(one.sop_instance_uid) == one.data_set:
+            return
+        verdict.faults.append(f"seed {seed}: {one.sop_class_uid} is not what was sent")
+    except Exception as error:  # noqa: BLE001 - whatever keeps it from being read, it is lost
+        verdict.faults.append(f"seed {seed}: acknowledged and lost: {type(error).__name__} {error}")
+    verdict.lost += 1
+
+
+def _judge_end(house: House, seed: int, verdict: Verdict) -> None:
+    one, made = sample(seed), report_of(seed)
+    _judge_instance(house, one, seed, verdict)
+    _judge_instance(house, made, seed, verdict)
+    analyses = [job.state for job in house.queue.jobs_of(one.sop_instance_uid)]
+    deliveries = sorted((job.lane, job.state, job.result.get("status")) for job in house.queue.jobs_of(made.sop_instance_uid))
+    if analyses != [JobState.DONE]:
+        verdict.faults.append(f"seed {seed}: analyses {analyses}")
+    if deliveries != [(peer, JobState.DONE, "0000") for peer in PEERS]:
+        verdict.faults.append(f"seed {seed}: deliveries {deliveries}")
+    if [linked.sop_instance_uid for linked in house.index.reports_of(one.sop_instance_uid)] != [made.sop_instance_uid]:
+        verdict.faults.append(f"seed {seed}: not exactly one report")
+    received = [entry.event.action for entry in house.audit.events_of(one.sop_instance_uid)].count("instance.received")
+    if received != 1:
+        verdict.faults.append(f"seed {seed}: {received} records of one reception")

@@ -1,0 +1,252 @@
+"""The kill walk: the node's storage layer is killed at every step, at system calls and at random moments, and judged each time.
+
+    python -m tests.faults.walk --points --kills 500 --syscalls
+
+Each victim is forked from this prepared, single-threaded process, so that a kill costs milliseconds, not an interpreter's start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from storage.failpoints import VARIABLE, failpoint_from_environment
+from tests.faults.ground import INTAKE_STEPS, WORK_STEPS, judge, run
+
+SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "unlink,unlinkat", "openat", "mkdir", "ftruncate")
+"""Where a kill is injected, one walk each: every call that changes the disk."""
+_BATCH = 4
+_FOLDER_FOR = 20
+
+
+@dataclass
+class Tally:
+    """What a walk has seen."""
+
+    victims: int = 0
+    killed: int = 0
+    acknowledged: int = 0
+    lost: int = 0
+    orphans: int = 0
+    faults: list[str] = field(default_factory=list)
+    where: Counter[str] = field(default_factory=Counter)
+
+    def line(self) -> str:
+        """Return one line for people."""
+        return (
+            f"{self.victims} runs, {self.killed} killed, {self.acknowledged} acknowledged, {self.lost} lost, "
+            f"{self.orphans} orphans swept, {len(self.faults)} faults"
+        )
+
+
+class Walk:
+    """Hits one victim after the other, in a folder that several share."""
+
+    def __init__(self, root: Path, *, seed: int) -> None:
+        self.tally = Tally()
+        self._root = root
+        self._rng = random.Random(seed)
+        self._next = seed * 1_000_000
+        self._folder = root / "0"
+        self._used = 0
+
+    def hit(
+        self,
+        name: str,
+        *,
+        environ: dict[str, str] | None = None,
+        threads: int = 1,
+        kill_after: float | None = None,
+        trace: Callable[[int], subprocess.Popen[bytes]] | None = None,
+    ) -> bool:
+        """Start a victim, let it be killed, judge; return whether it died before it was done.
+
+        `environ` arms a failpoint, `kill_after` is in seconds, `trace` attaches a tracer to the victim while it waits to begin.
+        """
+        if self._used == _FOLDER_FOR:
+            shutil.rmtree(self._folder)
+            self._folder = self._root / str(self._next)
+            self._used = 0
+        self._used += 1
+        seeds = list(range(self._next, self._next + _BATCH * threads))
+        self._next += len(seeds)
+        status, said = self._victim(seeds, environ or {}, threads, kill_after, trace)
+        self.tally.victims += 1
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            self.tally.killed += 1
+            self.tally.where[name] += 1
+        elif status != 0:
+            self.tally.faults.append(f"{name}: the victim ended with status {status}")
+        self._judge(name, said, seeds)
+        return status != 0
+
+    def _victim(
+        self,
+        seeds: list[int],
+        environ: dict[str, str],
+        threads: int,
+        kill_after: float | None,
+        trace: Callable[[int], subprocess.Popen[bytes]] | None,
+    ) -> tuple[int, list[str]]:
+        reading, writing = os.pipe()
+        gate_out, gate_in = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            os.close(gate_in)
+
+            def say(line: str) -> None:
+                os.write(writing, f"{line}\n".encode())
+
+            def be() -> None:
+                os.read(gate_out, 1)
+                run(self._folder, seeds, say, reach=failpoint_from_environment(environ), threads=threads)
+
+            _end_with(be)
+        os.close(writing)
+        os.close(gate_out)
+        tracer = None if trace is None else trace(child)
+        os.close(gate_in)
+        with os.fdopen(reading, "rb", buffering=0) as pipe:
+            said = b""
+            deadline = None if kill_after is None else time.monotonic() + kill_after
+            while True:
+                left = None if deadline is None else max(deadline - time.monotonic(), 0)
+                if not select.select([pipe], [], [], left)[0]:
+                    os.kill(child, signal.SIGKILL)
+                    deadline = None
+                elif chunk := pipe.read(65536):
+                    said += chunk
+                else:
+                    break
+        status = os.waitpid(child, 0)[1]
+        if tracer is not None:
+            tracer.communicate()
+        return status, said.decode().splitlines()
+
+    def _judge(self, name: str, said: list[str], seeds: list[int]) -> None:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+
+            def be() -> None:
+                verdict = judge(self._folder, said, seeds)
+                numbers = f"{verdict.acknowledged} {verdict.lost} {verdict.orphans}"
+                os.write(writing, "\n".join([numbers, *verdict.faults])[:60000].encode())
+
+            _end_with(be)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            found = pipe.read().splitlines()
+        status = os.waitpid(child, 0)[1]
+        if status or not found:
+            self.tally.faults.append(f"{name}: the node did not start again (status {status})")
+            return
+        acknowledged, lost, orphans = (int(number) for number in found[0].split())
+        self.tally.acknowledged += acknowledged
+        self.tally.lost += lost
+        self.tally.orphans += orphans
+        self.tally.faults += [f"{name}: {fault}" for fault in found[1:]]
+
+    # --- the three walks ---------------------------------------------------------------------------------------------
+
+    def points(self, rounds: int) -> None:
+        """Kill at every failpoint, at its first to `rounds`-th time, with one sender and with three at once."""
+        for step in (*INTAKE_STEPS, *WORK_STEPS):
+            for nth in range(1, rounds + 1):
+                for threads in (1, 3):
+                    if not self.hit(f"{step}:{nth}", environ={VARIABLE: f"{step}:{nth}"}, threads=threads):
+                        self.tally.faults.append(f"{step}:{nth} with {threads} senders was never reached")
+
+    def random(self, kills: int, *, report: Callable[[str], None]) -> None:
+        """Kill at random moments until `kills` victims died; those that were done before do not count."""
+        longest = 0.4
+        while self.tally.where["random"] < kills:
+            if self.tally.where["random"] % 100 == 99:
+                report(self.tally.line())
+
+            died = self.hit("random", threads=self._rng.choice((1, 3)), kill_after=self._rng.uniform(0.0, longest))
+            longest = min(max(longest * (1.02 if died else 0.96), 0.05), 3.0)
+
+    def syscalls(self, *, every: int, report: Callable[[str], None]) -> None:
+        """Kill at the n-th call of each kind, for every n (or each `every`-th) until a victim gets through."""
+        for calls in SYSCALLS:
+            nth = 1
+            while self.hit(calls, trace=lambda child, calls=calls, nth=nth: _inject(child, calls, nth)):  # type: ignore[misc]
+                nth += every
+            report(f"{calls}: up to call {nth}; {self.tally.line()}")
+
+
+def _inject(child: int, calls: str, nth: int) -> subprocess.Popen[bytes]:
+    """Attach strace to the waiting child: SIGKILL on entering the n-th call, which then is not executed."""
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-p", str(child), "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:signal=SIGKILL:when={nth}"],
+        stderr=subprocess.PIPE,
+    )
+    assert tracer.stderr is not None
+    line = tracer.stderr.readline()
+    if b"attached" not in line:
+        raise RuntimeError(f"strace did not attach: {line!r}")
+    return tracer
+
+
+def _end_with(be: Callable[[], None]) -> None:
+    """Run the child's part and end the child, whatever happens, without the parent's exit handlers."""
+    code = 1
+    try:
+        be()
+        code = 0
+    except BaseException as error:  # noqa: BLE001 - the child's last words
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    finally:
+        os._exit(code)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Walk as asked; the exit status is 0 when nothing was lost and nothing else was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, nargs="?", const=8, default=0, metavar="ROUNDS", help="every failpoint, ROUNDS times")
+    parser.add_argument("--kills", type=int, default=0, help="random kills")
+    parser.add_argument("--syscalls", type=int, nargs="?", const=1, default=0, metavar="EVERY", help="every EVERY-th call under strace")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--folder", type=Path, default=None, help="where to make the working folder")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+
+    def report(line: str) -> None:
+        sys.stdout.write(f"{time.monotonic() - started:6.0f} s  {line}\n")
+        sys.stdout.flush()
+
+    report(f"seed {options.seed}")
+    with tempfile.TemporaryDirectory(prefix="walk-", dir=options.folder) as root:
+        walk = Walk(Path(root), seed=options.seed)
+        if options.points:
+            walk.points(options.points)
+            report(f"points: {walk.tally.line()}")
+        if options.syscalls:
+            walk.syscalls(every=options.syscalls, report=report)
+        if options.kills:
+            walk.random(options.kills, report=report)
+        report(f"total: {walk.tally.line()}")
+        for step, count in sorted(walk.tally.where.items()):
+            report(f"  killed at {step}: {count}")
+        for fault in walk.tally.faults[:50]:
+            report(f"  FAULT {fault}")
+    return 1 if walk.tally.faults or walk.tally.lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
