@@ -54,7 +54,9 @@ class RunningNode:
         """Of DICOMweb."""
         return f"http://127.0.0.1:{self.web_port}/dicomweb"
 
-    def command(self, *arguments: str, expect: int | None = 0, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str, expect: int | None = 0, environ: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run `dicom-node` against this node."""
         done = subprocess.run(
             [sys.executable, "-m", "dicom_node", *arguments, "--config", str(self.config)],

@@ -55,10 +55,14 @@ def test_stow_then_everything_over_dicomweb(node: RunningNode, tmp_path: Path) -
     sent = node.command("send", saved, "--to", node.base_url)
     assert sent_uid(sent.stdout) == data_set.SOPInstanceUID
     study = f"{node.base_url}/studies/{data_set.StudyInstanceUID}"
-    status, body = get(f"{node.base_url}/studies?PatientID=CANARY-4711&StudyInstanceUID={data_set.StudyInstanceUID}", "application/dicom+json")
+    status, body = get(
+        f"{node.base_url}/studies?PatientID=CANARY-4711&StudyInstanceUID={data_set.StudyInstanceUID}", "application/dicom+json"
+    )
     assert status == 200
     assert json.loads(body)[0]["00100020"]["Value"] == ["CANARY-4711"]
-    status, body = get(f"{study}/series/{data_set.SeriesInstanceUID}/instances/{data_set.SOPInstanceUID}", "application/dicom; transfer-syntax=*")
+    status, body = get(
+        f"{study}/series/{data_set.SeriesInstanceUID}/instances/{data_set.SOPInstanceUID}", "application/dicom; transfer-syntax=*"
+    )
     assert status == 200
     assert pydicom.dcmread(BytesIO(body)) == data_set
     node.await_trace(data_set.SOPInstanceUID, analysed)
@@ -115,7 +119,11 @@ def test_metrics_count_what_happened(node: RunningNode) -> None:
     status, body = get(f"http://127.0.0.1:{node.admin_port}/metrics")
     text = body.decode()
     assert status == 200
-    for expected in ('dicom_node_instances_total{door="dimse",outcome="stored"}', "dicom_node_analyses_total", 'dicom_node_jobs{kind="analyse"'):
+    for expected in (
+        'dicom_node_instances_total{door="dimse",outcome="stored"}',
+        "dicom_node_analyses_total",
+        'dicom_node_jobs{kind="analyse"',
+    ):
         assert expected in text
     assert get(f"http://127.0.0.1:{node.admin_port}/healthz")[0] == 200
     assert get(f"http://127.0.0.1:{node.web_port}/metrics")[0] == 404
