@@ -97,8 +97,9 @@ class Sealer:
         self._byte_count = 0
         self._segment = 0
         self._room = _FULL - _BODY_HEADER
-        # grown on demand: most instances are far smaller than a segment
+        # both grow to a segment once, on demand: most instances are far smaller
         self._plain = bytearray()
+        self._held = 0
         self._sealed = bytearray()
         self._emit(self._header)
         self._emit(bytes((_BODY_HEADER,)) + salt + self._prefix)
@@ -109,16 +110,15 @@ class Sealer:
         at = 0
         size = len(view)
         # a segment is sealed when a byte beyond it is known: the last one carries a mark of its own, and must not be empty
-        while size - at > self._room - len(self._plain):
-            take = self._room - len(self._plain)
-            if self._plain:
-                self._plain += view[at : at + take]
-                self._seal(self._plain, last=False)
-                self._plain.clear()
+        while size - at > self._room - self._held:
+            take = self._room - self._held
+            if self._held:
+                self._hold(view[at : at + take])
+                self._seal_held(last=False)
             else:
                 self._seal(view[at : at + take], last=False)
             at += take
-        self._plain += view[at:]
+        self._hold(view[at:])
 
     def finish(self, footer: Mapping[str, Any]) -> SealedObject:
         """Seal what is left, and the record; return what was written.
@@ -133,8 +133,7 @@ class Sealer:
         ValueError
             The footer is longer than :data:`FOOTER_LIMIT`.
         """
-        self._seal(self._plain, last=True)
-        self._plain.clear()
+        self._seal_held(last=True)
         body = self._byte_count - len(self._header)
         text = json.dumps(footer, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode()
         if len(text) + _TAG > FOOTER_LIMIT:
@@ -145,7 +144,18 @@ class Sealer:
         self._emit(_TRAILER.pack(body, len(sealed), _TRAILER_MAGIC))
         return SealedObject(object_key=self._object_key, byte_count=self._byte_count, sha256=self._digest.hexdigest(), key_id=self._key_id)
 
-    def _seal(self, plain: bytearray | memoryview, *, last: bool) -> None:
+    def _hold(self, piece: memoryview) -> None:
+        end = self._held + len(piece)
+        if end > len(self._plain):
+            self._plain.extend(bytes(min(max(2 * end, 65_536), _FULL) - len(self._plain)))
+        memoryview(self._plain)[self._held : end] = piece
+        self._held = end
+
+    def _seal_held(self, *, last: bool) -> None:
+        self._seal(memoryview(self._plain)[: self._held], last=last)
+        self._held = 0
+
+    def _seal(self, plain: memoryview, *, last: bool) -> None:
         size = len(plain) + _TAG
         if len(self._sealed) < size:
             self._sealed = bytearray(size)

@@ -350,7 +350,7 @@ class DataSetScanner:
                                 self._refuse(tag, here, "Pixel Data of undefined length in a transfer syntax that does not encapsulate")
                             self._note_pixels(tag, here, None)
                         inner = _FRAGMENTS
-                    elif (form == _SEQUENCE and tag not in _PIXELS) or form == _UNKNOWN:
+                    elif form in (_SEQUENCE, _UNKNOWN) and tag not in _PIXELS:
                         inner = _ITEMS
                     else:
                         self._refuse(tag, here, "an undefined length stands where the value representation allows none")
@@ -367,6 +367,8 @@ class DataSetScanner:
                 if value_end > limit:
                     self._refuse_length(tag, here, length)
                 if form == _SEQUENCE:
+                    if tag in _PIXELS:
+                        self._refuse(tag, here, "pixel data is no sequence")
                     if not stack and tag in wanted:
                         self._present.add(tag)
                     if len(stack) >= 2 * self._limits.depth:

@@ -309,6 +309,15 @@ def test_undefined_length_needs_a_sequence(vr: bytes) -> None:
         refused(struct.pack("<HH2sHI", 0x7FE0, 0x0010, vr, 0, UNDEFINED), expected, syntax)
 
 
+@pytest.mark.parametrize(("vr", "length"), [(b"UN", UNDEFINED), (b"SQ", UNDEFINED), (b"SQ", 0)])
+def test_pixel_data_is_no_sequence(vr: bytes, length: int) -> None:
+    """An empty sequence in the place of the pixel data does not pass for a picture."""
+    head = encode(identity(SECONDARY_CAPTURE) + pixels(rows=2, columns=2)[:-1], EXPLICIT_VR_LITTLE_ENDIAN)
+    end = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0) if length else b""
+    for syntax in (EXPLICIT_VR_LITTLE_ENDIAN, JPEG_BASELINE):
+        refused(head + struct.pack("<HH2sHI", 0x7FE0, 0x0010, vr, 0, length) + end, "no sequence|undefined length", syntax)
+
+
 @pytest.mark.parametrize("syntax", [EXPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_BIG_ENDIAN, JPEG_BASELINE])
 def test_unknown_of_undefined_length_is_implicit_little_endian(syntax: str) -> None:
     """CP-246: whatever the transfer syntax, everything inside such an element is Implicit VR Little Endian, delimiters too."""
