@@ -89,7 +89,8 @@ def _read(content: Path | bytes, size: int = CHUNK) -> Iterator[bytes]:
             yield chunk
 
 
-def _scan(content: Path | bytes) -> Summary:
+def scan(content: Path | bytes) -> Summary:
+    """Scan a Part 10 file whole, as the archive would; raises what the archive would."""
     parser = Part10Parser()
     scanner: DataSetScanner | None = None
     for chunk in _read(content):
@@ -129,7 +130,7 @@ def collect(files: Sequence[Path], *, demo: bool, options: PhotographOptions) ->
             with path.open("rb") as file:
                 head = file.read(132)
             content: Path | bytes = path if head[128:] == b"DICM" else wrap_picture(path, options, now=now)
-            collected.append(Outgoing(str(path), content, _scan(content)))
+            collected.append(Outgoing(str(path), content, scan(content)))
         except OSError as error:
             faults.append(f"{path}: cannot be read ({error.strerror}); check the name and its permissions")
         except UnreadablePicture as error:
@@ -142,7 +143,7 @@ def collect(files: Sequence[Path], *, demo: bool, options: PhotographOptions) ->
         from dicom_node.demo import draw_skin_picture  # noqa: PLC0415 - drawn only when asked for
 
         drawn = wrap_pixels(draw_skin_picture(seed=int(now.timestamp())), options, now=now)
-        collected.append(Outgoing("(drawn)", drawn, _scan(drawn)))
+        collected.append(Outgoing("(drawn)", drawn, scan(drawn)))
     return collected
 
 
