@@ -23,6 +23,8 @@ DEFAULT_SCHEMES = CodingSchemes()
 
 MAX_SEGMENTS = 20
 """More lesions than this in one instance share one segment; each keeps its outline in the findings."""
+MAX_PIXEL_BYTES = 8 << 20
+"""Of a segmentation with one segment a lesion: at twelve megapixels a segment takes 1.5 MB, and every report is delivered and archived."""
 
 
 def _algorithms(analysis: ImageAnalysis) -> Iterator[Algorithm]:
@@ -95,7 +97,8 @@ def _segments(analysis: ImageAnalysis, outlines: Sequence[Outline], tracker: Tra
     if not parts:
         return []
     shared: dict[int, NDArray[Any] | None] = {}
-    if len(outlines) <= MAX_SEGMENTS and all(part.lesions for _, part in parts):
+    bits = len(outlines) * parts[0][1].mask.size
+    if len(outlines) <= MAX_SEGMENTS and bits <= 8 * MAX_PIXEL_BYTES and all(part.lesions for _, part in parts):
         shared = {number: share_out(part.mask, part.lesions) for number, part in parts}
     if not shared or any(labels is None for labels in shared.values()):
         algorithm = parts[0][1].algorithm

@@ -539,6 +539,15 @@ def test_offset_of_the_source_rules() -> None:
     assert (ds.ContentDate, ds.ContentTime, ds.TimezoneOffsetFromUTC) == ("20260303", "183607.250000", "-0930")
 
 
+def test_large_pictures_share_a_segment() -> None:
+    """Where one segment a lesion would take more than 8 MiB, all share one: a report is delivered and archived, it must not outweigh its picture."""
+    lesions = [(500, 500, 300), (500, 1500, 200), (1500, 500, 100), (1500, 1500, 50), (2500, 500, 50), (2500, 1500, 50)]
+    for count, segments in ((5, 5), (6, 1)):
+        frame = draw.frame(discs=lesions[:count], rows=3000, columns=4000)
+        ds = read(built(draw.analysis(frame), draw.source(rows=3000, columns=4000))["segmentation"])
+        assert len(ds.SegmentSequence) == int(ds.NumberOfFrames) == segments
+
+
 finite = st.floats(-50, 250, width=32)
 probability = st.floats(0, 1)
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=90).filter(str.strip)
