@@ -109,6 +109,8 @@ class StoreSession:
         BadRequest, TooLarge
             The body cannot be understood or exceeds a limit. What `outcomes` says is stored stays stored.
         """
+        if not chunk:
+            return
         self._byte_count += len(chunk)
         if self._byte_count > self._limits.body_bytes:
             raise TooLarge(f"the body is longer than {self._limits.body_bytes} bytes; send the instances in several requests")
