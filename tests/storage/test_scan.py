@@ -300,6 +300,28 @@ def test_undefined_inside_defined_needs_its_delimiter() -> None:
     refused(data + photograph(), "before the delimiter")
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_delimiters_stand_where_they_end_something(order: str) -> None:
+    """A delimiter of non-zero length, and one inside a sequence or item of defined length, are refused."""
+    syntax = EXPLICIT_VR_LITTLE_ENDIAN if order == "<" else EXPLICIT_VR_BIG_ENDIAN
+
+    def sequence(length: int, *items: tuple[int, int]) -> bytes:
+        head = struct.pack(f"{order}HH2sHI", 0x0008, 0x1140, b"SQ", 0, length)
+        return head + b"".join(struct.pack(f"{order}HHI", 0xFFFE, number, size) for number, size in items) + bytes(40)
+
+    for data in (
+        sequence(UNDEFINED, (0xE000, UNDEFINED), (0xE00D, 2)),
+        sequence(UNDEFINED, (0xE000, 8), (0xE00D, 0)),
+        sequence(UNDEFINED, (0xE000, UNDEFINED), (0xE0DD, 0)),
+        sequence(UNDEFINED, (0xE000, UNDEFINED), (0xE000, 0)),
+        sequence(UNDEFINED, (0xE0DD, 2)),
+        sequence(UNDEFINED, (0xE00D, 0)),
+        sequence(8, (0xE0DD, 0)),
+        sequence(8, (0xE00D, 0)),
+    ):
+        refused(data, "stands where|is expected here", syntax)
+
+
 @pytest.mark.parametrize("vr", [b"OB", b"OW", b"UT", b"OF", b"ZZ"])
 def test_undefined_length_needs_a_sequence(vr: bytes) -> None:
     """Only SQ, UN and encapsulated pixel data may have one."""
