@@ -263,8 +263,8 @@ def _jpeg(image: ImagePixel, stream: bytes) -> Decoded:
             raise UnsupportedPixels("The decoder could make no picture of the JPEG stream.")
         interpretation = "RGB" if components == 3 else image.photometric_interpretation
         return Decoded(_signed(image, np.asarray(picture, np.uint8), header.precision), interpretation, header.icc_profile)
-    if header.process not in {0xC1, 0xC2, codestream.JPEG_LOSSLESS}:
-        raise UnsupportedPixels(f"No decoder for this kind of JPEG stream (SOF 0x{header.process:02X}).")
+    if header.process != codestream.JPEG_LOSSLESS and not (header.process in {0xC1, 0xC2} and header.precision == 12):
+        raise UnsupportedPixels(f"No decoder for this kind of JPEG stream (SOF 0x{header.process:02X}, {header.precision} bits).")
     interpretation = image.photometric_interpretation if components == 1 else "YBR_FULL" if ybr else "RGB"
     return Decoded(_signed(image, _gdcm(image, stream, header), header.precision), interpretation, header.icc_profile)
 

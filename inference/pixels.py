@@ -10,7 +10,6 @@ DICOM PS3.3 C.7.6.3 Image Pixel Module; PS3.5 Section 8.2 and Annex A
 from __future__ import annotations
 
 import io
-import itertools
 import struct
 import warnings
 import zlib
@@ -19,7 +18,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset
@@ -135,10 +133,9 @@ def source_header(part10: Buffer) -> Dataset:
 
 
 def pixels_equal(a: bytes, b: bytes, *, max_pixels: int = 2**28) -> bool:
-    """Tell whether two DICOM files are the same instance, written in two transfer syntaxes.
+    """Tell whether two DICOM files hold the same stored values, written in two lossless transfer syntaxes.
 
-    True only when both transfer syntaxes are lossless, every attribute that does not depend on the transfer syntax is
-    equal, and every stored value of every frame is equal. When in doubt, False.
+    When in doubt, False. The headers are not compared: whoever asks has done so (`storage.comparison.same_picture`).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,16 +143,14 @@ def pixels_equal(a: bytes, b: bytes, *, max_pixels: int = 2**28) -> bool:
             first, second = _read(a), _read(b)
             if not {first.image.transfer_syntax_uid, second.image.transfer_syntax_uid} <= codecs.LOSSLESS:
                 return False
-            if first.image.rows * first.image.columns * first.image.frame_count > max_pixels or not _headers_agree(
-                first.header, second.header
-            ):
+            count = first.image.frame_count
+            if count != second.image.frame_count or first.image.rows * first.image.columns * count > max_pixels:
                 return False
-            pairs = zip(_decoded(first, first.image.frame_count), _decoded(second, second.image.frame_count), strict=True)
             return all(
                 one.photometric_interpretation == other.photometric_interpretation and np.array_equal(one.stored, other.stored)
-                for one, other in pairs
+                for one, other in zip(_decoded(first, count), _decoded(second, count), strict=True)
             )
-        except (UnsupportedPixels, *_PARSE_ERRORS):
+        except UnsupportedPixels:
             return False
 
 
@@ -280,33 +275,6 @@ def _icc_profile(header: Dataset) -> bytes:
     except _PARSE_ERRORS:
         return b""
     return profile if isinstance(profile, bytes) else b""
-
-
-_SYNTAX_DEPENDENT: Final = frozenset({0x00280004, 0x00280006, 0x7FE00001, 0x7FE00002, 0x7FE00003})
-"""Photometric Interpretation (compared after decoding), Planar Configuration, offset tables."""
-
-
-def _headers_agree(first: Dataset, second: Dataset) -> bool:
-    """Compare two data sets, whatever transfer syntaxes they were read from."""
-    tags = [
-        {tag for tag in dict.fromkeys(header.keys()) if tag not in _SYNTAX_DEPENDENT and tag & 0xFFFF != 0} for header in (first, second)
-    ]
-    return tags[0] == tags[1] and all(_elements_agree(first, second, tag) for tag in tags[0])
-
-
-def _elements_agree(first: Dataset, second: Dataset, tag: int) -> bool:
-    raw = first.get_item(tag), second.get_item(tag)
-    if (
-        isinstance(raw[0], RawDataElement)
-        and isinstance(raw[1], RawDataElement)
-        and raw[0].is_little_endian == raw[1].is_little_endian
-        and raw[0].value == raw[1].value
-    ):
-        return True  # also where one reader knows the VR and the other, implicit one does not
-    one, other = first[tag], second[tag]
-    if one.VR == "SQ" and other.VR == "SQ":
-        return len(one.value) == len(other.value) and all(itertools.starmap(_headers_agree, zip(one.value, other.value, strict=True)))
-    return bool(one.VR == other.VR and one.VR != "UN" and one.value == other.value)
 
 
 def _decoded(source: _Source, count: int) -> Iterator[Decoded]:

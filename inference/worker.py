@@ -149,7 +149,7 @@ class Worker:
             _log.warning("analysis.lease_lost", extra={"job": job.id, "reason": "another worker has the job; this result was dropped"})
         except (InferenceError, StorageError) as error:
             self._failed(job, str(error), retryable=error.retryable)
-        except Exception as error:  # the edge of a worker: the message may hold a value of the picture's header, its class does not
+        except Exception as error:  # noqa: BLE001 - the edge of a worker; a message may quote the header, so only the class is kept
             _log.exception("analysis.crashed", exc_info=_without_values(error), extra={"job": job.id})
             self._failed(job, f"The analysis failed with {type(error).__name__}; the log of the worker says where.", retryable=True)
         else:
