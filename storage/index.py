@@ -308,8 +308,10 @@ class Index:
             )
         if summary.sop_class_uid not in series.sop_classes:
             series = self._extend(connection, series, summary.sop_class_uid)
-        own = {keyword: list(value) for keyword, value in values.items() if series.parents.get(keyword) != list(value)}
-        own.update((keyword, []) for keyword in series.parents.keys() - values.keys())
+        own: dict[str, list[str] | None] = {
+            keyword: list(value) for keyword, value in values.items() if series.parents.get(keyword) != list(value)
+        }
+        own.update((keyword, None) for keyword in series.parents.keys() - values.keys())  # its parents have it, it has not
         row = {"series_ref": series.series_ref, **_matching_values(values, Level.INSTANCE), **_storage_values(record, own)}
         try:
             connection.execute(_ADD_INSTANCE, row)
@@ -393,7 +395,7 @@ class Index:
         summary = record.summary
         if connection.execute(_FIND_QUARANTINED, {"uid": summary.sop_instance_uid, "digest": summary.sha256}).first() is not None:
             return False
-        attributes = {keyword: list(value) for keyword, value in _attributes(summary).items()}
+        attributes: dict[str, list[str] | None] = {keyword: list(value) for keyword, value in _attributes(summary).items()}
         connection.execute(
             _ADD_QUARANTINE,
             {
@@ -617,7 +619,7 @@ def _matching_values(values: Mapping[str, tuple[str, ...]], *levels: Level) -> d
 _COLUMN_NAMES = {keyword: column_names(keyword, vr) for keyword, (_, vr) in INDEXED.items()}
 
 
-def _storage_values(record: InstanceRecord, attributes: Mapping[str, list[str]]) -> dict[str, Any]:
+def _storage_values(record: InstanceRecord, attributes: Mapping[str, list[str] | None]) -> dict[str, Any]:
     summary, sealed, origin = record.summary, record.sealed, record.origin
     extra = {
         "door": origin.door,
@@ -672,7 +674,11 @@ def _parents(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
 def _own_words(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
     """Return the attributes as this very instance said them: what it has from its parents, and where it differs."""
     merged = _parents(row, parsed)
-    merged.update(json.loads(row.attributes))
+    for keyword, value in json.loads(row.attributes).items():
+        if value is None:
+            merged.pop(keyword, None)
+        else:
+            merged[keyword] = value
     return merged
 
 

@@ -146,7 +146,7 @@ def _person_name(columns: Sequence[Column[Any]], value: str) -> ColumnElement[bo
 def _group(column: Column[Any], wanted: str) -> ColumnElement[bool]:
     """Return the condition on one component group; stored ones have lost empty last components, so ``smith^*`` is also ``smith``."""
     bare = re.sub(r"[\s^*]+$", "", wanted)
-    if wanted.endswith("*") and "^" in wanted[len(bare) :] and not re.search(r"[*?]", bare):
+    if bare and wanted.endswith("*") and "^" in wanted[len(bare) :] and not re.search(r"[*?]", bare):
         return or_(text(column, wanted), column == bare)
     return text(column, wanted)
 

@@ -41,6 +41,8 @@ def instance(
     given |= {"SOPClassUID": sop_class_uid, "SOPInstanceUID": uid, "StudyInstanceUID": study, "SeriesInstanceUID": series}
     values = {keyword: value if isinstance(value, tuple) else (value,) for keyword, value in given.items()}
     digest = hashlib.sha256((uid + content).encode()).hexdigest()
-    summary = Summary(sop_class_uid, uid, study, series, "1.2.840.10008.1.2.1", 1000, digest, values, ("ISO_IR 192",), True, 500, "", "Cam", "1.0")
+    summary = Summary(
+        sop_class_uid, uid, study, series, "1.2.840.10008.1.2.1", 1000, digest, values, ("ISO_IR 192",), True, 500, "", "Cam", "1.0"
+    )
     sealed = SealedObject(digest[:32], 1100, digest[::-1], "key-1")
     return InstanceRecord(summary, sealed, Origin("dimse", RECEIVED, "10.0.0.1", "SCU", "NODE", "pacs"), role)

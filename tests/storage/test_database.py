@@ -151,7 +151,9 @@ def test_nothing_on_the_disk_is_readable(database: Database, tmp_path: Path) -> 
     def leaks() -> list[str]:
         contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         assert "node.db" in contents
-        return [name for name, content in contents.items() if CANARY.encode() in content or b"SQLite format" in content or b"audit" in content]
+        return [
+            name for name, content in contents.items() if CANARY.encode() in content or b"SQLite format" in content or b"audit" in content
+        ]
 
     assert (tmp_path / "node.db-wal").stat().st_size > 0
     assert leaks() == []

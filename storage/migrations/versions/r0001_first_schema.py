@@ -1,6 +1,5 @@
 """The schema of the first version: audit trail, work queue, index."""
 
-
 from __future__ import annotations
 
 import sqlalchemy as sa
