@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_dataset
 
 from inference import codecs, codestream, colour
@@ -45,6 +45,7 @@ _MAXIMUM_INFLATED: Final = 2 * 1024**3
 
 _PARSE_ERRORS: Final = (
     # What pydicom was seen to raise on damaged headers; most are no DICOM error of its own.
+    BytesLengthException,
     InvalidDicomError,
     ArithmeticError,
     AssertionError,

@@ -604,6 +604,14 @@ def test_an_object_without_pixels_is_refused() -> None:
         frame_of(whole[: whole.index(b"\xe0\x7f\x10\x00OB")])
 
 
+def test_an_attribute_of_odd_length_is_refused() -> None:
+    """pydicom raises an error of its own where a number has three bytes; it is a refusal like any other."""
+    part10 = native(P[None])
+    place = part10.index(struct.pack("<HH2sH", 0x0028, 0x0101, b"US", 2))
+    with pytest.raises(UnsupportedPixels):
+        frame_of(part10[: place + 6] + b"\x03\x00\x08\x00\x00" + part10[place + 10 :])
+
+
 def test_refusals_name_no_patient() -> None:
     """The reason is written into the log: it holds nothing of the patient module."""
     for attributes in ({"Rows": 0}, {"NumberOfFrames": "999"}, {"PhotometricInterpretation": "CANARY"}):
