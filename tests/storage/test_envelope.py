@@ -89,7 +89,7 @@ def open_all(ring: Any, data: bytes, object_key: str = KEY) -> bytes:
     return opener.read(0, opener.plaintext_size)
 
 
-def header_length(data: bytes) -> int:
+def header_length(data: bytes | bytearray) -> int:
     """Find the end of our header by its published layout."""
     at = 10
     for _ in range(3):

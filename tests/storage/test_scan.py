@@ -404,7 +404,7 @@ def test_depth_limit() -> None:
     for syntax in (EXPLICIT_VR_LITTLE_ENDIAN, IMPLICIT_VR_LITTLE_ENDIAN):
         for undefined in (False, True):
             at = [*whole[:2], nest(64, undefined=undefined), *whole[2:]]
-            assert scan(encode(at[:2] + sorted(at[2:], key=lambda element: element.tag), syntax), syntax)
+            assert scan(encode(at[:2] + sorted(at[2:], key=lambda element: element.tag), syntax), syntax).has_pixel_data
             refused(encode([nest(65, undefined=undefined)], syntax), "nested deeper than the limit of 64", syntax)
 
 
@@ -422,8 +422,8 @@ def test_element_budget() -> None:
     refused(data, "limit of 1000000 elements")
     count = len(identity(SECONDARY_CAPTURE) + pixels(rows=2, columns=2))
     data = encode(identity(SECONDARY_CAPTURE) + pixels(rows=2, columns=2), EXPLICIT_VR_LITTLE_ENDIAN)
-    assert scan(data, limits=Limits(elements=count))
-    assert scan(data, limits=Limits(elements=count), step=1)
+    assert scan(data, limits=Limits(elements=count)).has_pixel_data
+    assert scan(data, limits=Limits(elements=count), step=1).has_pixel_data
     refused(data, "elements and items", limits=Limits(elements=count - 1))
 
 
@@ -576,6 +576,28 @@ def test_impossible_geometry(tag: int, replacement: Element) -> None:
     assert tag in elements
     elements[tag] = replacement
     refused(encode(list(elements.values()), EXPLICIT_VR_LITTLE_ENDIAN), "must be|whole number|the pixel data is")
+
+
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        Element(0x00280010, "US", numbers=(0,)),
+        Element(0x00280011, "US", numbers=(0,)),
+        Element(0x00280002, "US", numbers=(0,)),
+        Element(0x00280002, "US", numbers=(5,)),
+        Element(0x00280100, "US", numbers=(0,)),
+        Element(0x00280100, "US", numbers=(12,)),
+        Element(0x00280100, "US", numbers=(72,)),
+        text(0x00280008, "IS", "0"),
+    ],
+)
+def test_impossible_geometry_of_compressed_pictures(replacement: Element) -> None:
+    """Where no length can contradict it, an impossible number alone is refused."""
+    image = identity(MULTIFRAME_BYTE) + pixels(rows=2, columns=2, frames=3, fragments=[b"ab", b"cd", b"ef"])
+    elements = {element.tag: element for element in image}
+    assert replacement.tag in elements
+    elements[replacement.tag] = replacement
+    refused(encode(list(elements.values()), JPEG_BASELINE), "must be", JPEG_BASELINE)
 
 
 def test_fragments_and_frames() -> None:
