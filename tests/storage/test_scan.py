@@ -305,19 +305,29 @@ def test_delimiters_stand_where_they_end_something(order: str) -> None:
     """A delimiter of non-zero length, and one inside a sequence or item of defined length, are refused."""
     syntax = EXPLICIT_VR_LITTLE_ENDIAN if order == "<" else EXPLICIT_VR_BIG_ENDIAN
 
-    def sequence(length: int, *items: tuple[int, int]) -> bytes:
-        head = struct.pack(f"{order}HH2sHI", 0x0008, 0x1140, b"SQ", 0, length)
-        return head + b"".join(struct.pack(f"{order}HHI", 0xFFFE, number, size) for number, size in items) + bytes(40)
+    whole = identity(SECONDARY_CAPTURE) + pixels(rows=2, columns=2)
 
+    def instance(length: int, *items: tuple[int, int]) -> bytes:
+        sequence = struct.pack(f"{order}HH2sHI", 0x0008, 0x1140, b"SQ", 0, length)
+        sequence += b"".join(struct.pack(f"{order}HHI", 0xFFFE, number, size) for number, size in items)
+        return encode(whole[:3], syntax) + sequence + encode(whole[3:], syntax)
+
+    item, item_end, sequence_end = 0xE000, 0xE00D, 0xE0DD
     for data in (
-        sequence(UNDEFINED, (0xE000, UNDEFINED), (0xE00D, 2)),
-        sequence(UNDEFINED, (0xE000, 8), (0xE00D, 0)),
-        sequence(UNDEFINED, (0xE000, UNDEFINED), (0xE0DD, 0)),
-        sequence(UNDEFINED, (0xE000, UNDEFINED), (0xE000, 0)),
-        sequence(UNDEFINED, (0xE0DD, 2)),
-        sequence(UNDEFINED, (0xE00D, 0)),
-        sequence(8, (0xE0DD, 0)),
-        sequence(8, (0xE00D, 0)),
+        instance(UNDEFINED, (item, UNDEFINED), (item_end, 0), (sequence_end, 0)),
+        instance(UNDEFINED, (item, 0), (sequence_end, 0)),
+        instance(8, (item, 0)),
+        instance(16, (item, UNDEFINED), (item_end, 0)),
+    ):
+        assert scan(data, syntax).has_pixel_data
+    for data in (
+        instance(UNDEFINED, (item, UNDEFINED), (item_end, 2), (sequence_end, 0)),
+        instance(UNDEFINED, (item, 8), (item_end, 0), (sequence_end, 0)),
+        instance(UNDEFINED, (item, UNDEFINED), (sequence_end, 0), (item_end, 0)),
+        instance(UNDEFINED, (item, 0), (sequence_end, 2)),
+        instance(UNDEFINED, (item, 0), (item_end, 0), (sequence_end, 0)),
+        instance(16, (item, 0), (sequence_end, 0)),
+        instance(16, (item, 0), (item_end, 0)),
     ):
         refused(data, "stands where|is expected here", syntax)
 
