@@ -125,7 +125,7 @@ class Database:
         self._writer: threading.Thread | None = None
         self._current: _Ticket | None = None
         self._write_engine = self._engine(begin="BEGIN IMMEDIATE", cache_kib=65536)
-        self._read_engine = self._engine(begin="BEGIN", cache_kib=16384, readers=readers)
+        self._read_engine = self._engine(begin="BEGIN", cache_kib=32768, readers=readers)
         self._watch: Any = None
         self._watch_lock = threading.Lock()
         self._seen = threading.local()
@@ -139,6 +139,7 @@ class Database:
         pool: dict[str, Any] = {"poolclass": NullPool}
         if readers:
             pool = {"poolclass": QueuePool, "pool_size": readers, "max_overflow": readers, "pool_timeout": self._busy_timeout_s}
+            pool["pool_use_lifo"] = True  # the connection whose page cache is warm
         # hide_parameters: an error's text must never carry a patient's name into a log.
         engine = create_engine("sqlite+pysqlite://", module=dbapi2, creator=creator, hide_parameters=True, **pool)
 

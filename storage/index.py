@@ -159,6 +159,12 @@ TableIndex(
     STUDIES.c.accession_number,
     STUDIES.c.study_description,
     STUDIES.c.modalities,
+    STUDIES.c.patient_birth_date,
+    STUDIES.c.patient_sex,
+    STUDIES.c.study_id,
+    STUDIES.c.referring_physician_name_alphabetic,
+    STUDIES.c.referring_physician_name_ideographic,
+    STUDIES.c.referring_physician_name_phonetic,
 )
 TableIndex("ix_studies_study_instance_uid", STUDIES.c.study_instance_uid, unique=True)
 TableIndex("ix_studies_patient_id", STUDIES.c.patient_id)
@@ -465,6 +471,8 @@ class Index:
     def match(self, query: Query) -> list[Match]:
         """Return what matches, newest study first, then by UID: a stable order over pages.
 
+        Series and instances across studies come newest filed first instead: an order that is walked, not sorted, in a million rows.
+
         Raises
         ------
         InvalidQuery
@@ -499,6 +507,8 @@ class Index:
         if query.offset < 0 or (query.limit is not None and query.limit < 0):
             raise InvalidQuery("limit and offset must not be negative")
         source, key, order = _SEARCH[query.level]
+        if query.level in (Level.SERIES, Level.INSTANCE) and "StudyInstanceUID" not in keys_present(query.keys):
+            order = (key.desc(),)
         statement = select(key).select_from(source).where(*_conditions(query)).order_by(*order)
         if query.limit is not None:
             statement = statement.limit(query.limit)

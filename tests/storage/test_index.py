@@ -444,12 +444,24 @@ def test_wildcards_match_as_shells_match(database: Database, values: list[str], 
 
 def test_a_search_reads_its_index_and_sorts_nothing(shelf: Index, database: Database) -> None:
     """A viewer's study list, by whatever it filters, walks the covering index in the order of the answer."""
-    query = Query(Level.STUDY, {"PatientName": "*a*", "PatientID": "*1*", "ModalitiesInStudy": "XC", "StudyDate": "20000101-"}, 101)
+    keys = {"PatientName": "*a*", "PatientID": "*1*", "ModalitiesInStudy": "XC", "StudyDate": "20000101-", "ReferringPhysicianName": "*q*"}
+    query = Query(Level.STUDY, keys, 101)
     with database.read() as connection:
         compiled = shelf._search(query).compile(connection, compile_kwargs={"literal_binds": True})
         plan = " ".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}".replace("%%", "%")))
     assert "COVERING INDEX ix_studies_list" in plan
     assert "TEMP B-TREE" not in plan
+
+
+@pytest.mark.parametrize("level", [Level.SERIES, Level.INSTANCE])
+def test_a_search_across_studies_sorts_nothing(shelf: Index, database: Database, level: Level) -> None:
+    """The first page of all series or instances stops after a page, however many there are."""
+    with database.read() as connection:
+        compiled = shelf._search(Query(level, {}, 101)).compile(connection, compile_kwargs={"literal_binds": True})
+        plan = " ".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}"))
+    assert "TEMP B-TREE" not in plan
+    within = found(shelf, level, StudyInstanceUID="1.1\\1.2")
+    assert len(within) == 2
 
 
 _FILER = """

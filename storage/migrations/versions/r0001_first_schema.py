@@ -156,6 +156,12 @@ def upgrade() -> None:
             "accession_number",
             "study_description",
             "modalities",
+            "patient_birth_date",
+            "patient_sex",
+            "study_id",
+            "referring_physician_name_alphabetic",
+            "referring_physician_name_ideographic",
+            "referring_physician_name_phonetic",
         ],
         unique=False,
     )
