@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import structlog
 import typer
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 from dicom_node import config
 from dicom_node.config import ConfigurationError, Settings
@@ -203,30 +202,15 @@ def trace(
     config_file: ConfigOption = None,
 ) -> None:
     """Where is my study: from whom, when, digest, object, jobs, models, reports, deliveries."""
-    from dicom_node import node  # noqa: PLC0415
+    from dicom_node import node, tracing  # noqa: PLC0415
 
     with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
         found = parts.archive.trace(uid)
         if as_json:
             typer.echo(json.dumps(found, indent=2, default=str))
             return
-        out.print(_tree(uid, found))
-
-
-def _tree(title: str, value: Any) -> Tree:
-    tree = Tree(Text(title, style="bold"))
-    _grow(tree, value)
-    return tree
-
-
-def _grow(tree: Tree, value: Any) -> None:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value, 1)
-    for key, inner in pairs:
-        if isinstance(inner, dict | list | tuple):
-            if inner:
-                _grow(tree.add(Text(str(key), style="bold")), inner)
-        elif inner not in {"", None}:
-            tree.add(Text(f"{key}: ", style="dim") + Text(str(inner)))
+        for line in tracing.lines(found):
+            typer.echo(line)
 
 
 @app.command()

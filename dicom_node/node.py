@@ -330,8 +330,6 @@ def _gauges(settings: Settings, supervisor: Supervisor, parts: StorageParts) -> 
 
 def _say_ready(settings: Settings) -> None:
     log.info("node.ready")
-    if not sys.stderr.isatty() and settings.logging.format != "console":
-        return
     command = sys.argv[0] if os.sep in sys.argv[0] else "dicom-node"
     if command.endswith("__main__.py"):
         command = "dicom-node"
@@ -344,8 +342,9 @@ def _say_ready(settings: Settings) -> None:
     if settings.admin.enabled:
         lines.append(f"Health and metrics: http://{settings.admin.host}:{settings.admin.port}/readyz and /metrics")
     lines += [f"Data: {settings.node.data_dir.resolve()} (encrypted; keep a copy of {settings.ring_file})", "Stop: Ctrl-C", ""]
-    sys.stderr.write("\n".join(lines))
-    sys.stderr.flush()
+    # Standard output is for people; the log goes to standard error.
+    sys.stdout.write("\n".join(lines))
+    sys.stdout.flush()
 
 
 # --- one role --------------------------------------------------------------------------------------------------------

@@ -41,6 +41,16 @@ def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mutab
     return event
 
 
+def _named(role: str) -> Any:
+    """Make a processor that says which process speaks; not a context variable, since threads do not inherit those."""
+
+    def name(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event.setdefault("role", role)
+        return event
+
+    return name
+
+
 def configure_logging(*, form: str, level: str, role: str) -> None:
     """Set up logging for this process; called once, from the command line.
 
@@ -53,7 +63,7 @@ def configure_logging(*, form: str, level: str, role: str) -> None:
     """
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
+        _named(role),
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=not console),
     ]
@@ -66,7 +76,6 @@ def configure_logging(*, form: str, level: str, role: str) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(role=role)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

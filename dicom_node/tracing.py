@@ -1,0 +1,104 @@
+"""`dicom-node trace` for people: what the archive knows of a UID, as lines that answer "where is my study?"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from pydicom.uid import UID
+
+Told = Mapping[str, Any]
+STATES = {"ready": "waits", "claimed": "under way", "done": "done", "dead": "given up"}
+DOORS = {"dimse": "C-STORE", "dicomweb": "STOW-RS", "node": "made here"}
+
+
+def lines(found: Told) -> Iterator[str]:
+    """Lay out what `Archive.trace` returned; `--json` shows all of it."""
+    if found["level"] != "instance":
+        yield f"{found['level']} {found['uid']}"
+    for instance in found["instances"]:
+        yield from _instance(instance)
+    for kept in found["quarantined"]:
+        yield f"  in quarantine since {_moment(kept['at'])}: {kept['reason']}"
+        yield f"    from     {_received(kept['received'])}"
+    if not found["instances"]:
+        for event in found["audit"]:
+            yield f"  {_moment(event['at'])}  {event['action']}: {event['outcome']} ({event['actor']})"
+
+
+def _instance(instance: Told) -> Iterator[str]:
+    size = _size(instance["byte_count"])
+    yield f"  instance {instance['sop_instance_uid']}"
+    yield f"    is        {_name(instance['sop_class_uid'])}, {_name(instance['transfer_syntax_uid'])}, {size}"
+    yield f"    of        study {instance['study_instance_uid']}, series {instance['series_instance_uid']}"
+    if instance.get("source_sop_instance_uid"):
+        yield f"    about     {instance['source_sop_instance_uid']}"
+    yield f"    received  {_received(instance['received'])}"
+    yield f"    sealed    object {instance['object']['key']} under key {instance['object']['key_id']}"
+    yield f"    digest    {instance['digest']} (SHA-256 of the data set as received)"
+    for job in instance["jobs"]:
+        yield from _job(job)
+    if instance["role"] == "source" and not instance["jobs"]:
+        yield "    analysis  none: not a colour photograph of a class that is analysed, or analysis is switched off"
+    for report in instance["reports"]:
+        yield f"    {report['kind']:<9} {report['sop_instance_uid']}, {_name(report['sop_class_uid'])}, {_size(report['byte_count'])}"
+        for delivery in report["deliveries"]:
+            yield f"      to {delivery['lane']}: {_delivery(delivery)}"
+        if not report["deliveries"]:
+            yield "      not sent: the sender is no peer that takes it, and no route names one; here by WADO-RS"
+    times = len(instance["audit"])
+    yield f"    audit     {times} event{'s' if times != 1 else ''}; --json shows them"
+
+
+def _job(job: Told) -> Iterator[str]:
+    label = "analysis" if job["kind"] == "analyse" else job["kind"]
+    result = job["result"]
+    text = f"{STATES[job['state']]}, attempt {job['attempts']}" if job["attempts"] else STATES[job["state"]]
+    if job["state"] == "done" and job["finished_at"] and job["first_claimed_at"]:
+        seconds = (_parsed(job["finished_at"]) - _parsed(job["first_claimed_at"])).total_seconds()
+        text = f"{result.get('outcome', 'done')} after {seconds:.1f} s"
+    yield f"    {label:<9} {text} (job {job['id']})"
+    if job["reason"]:
+        yield f"      last attempt: {job['reason']}"
+    if job["state"] == "dead":
+        yield f"      again with: dicom-node requeue {job['id']}"
+    for name, version in dict(result.get("models", {})).items():
+        short, _, digest = str(version).partition(" sha256:")
+        yield f"      model {name} {short} ({digest[:12]})"
+    for failure in result.get("failures", ()):
+        yield f"      without {failure}"
+
+
+def _delivery(job: Told) -> str:
+    if job["state"] == "done":
+        return f"arrived {_moment(job['finished_at'])}, answered {job['result'].get('status', '')}"
+    text = STATES[job["state"]] + (f" after {job['attempts']} attempts" if job["attempts"] else "")
+    if job["state"] == "ready" and job["attempts"]:
+        text += f", again at {_moment(job['available_at'])}"
+    if job["reason"]:
+        text += f": {job['reason']}"
+    return text + (f"; again with: dicom-node requeue {job['id']}" if job["state"] == "dead" else "")
+
+
+def _received(received: Told) -> str:
+    sender = received["calling_ae_title"] or received["address"] or "this node"
+    place = f" at {received['address']}" if received["address"] and received["calling_ae_title"] else ""
+    peer = f", peer {received['peer']}" if received["peer"] else ", no configured peer" if received["door"] == "dimse" else ""
+    return f"{_moment(received['at'])} by {DOORS.get(received['door'], received['door'])} from {sender}{place}{peer}"
+
+
+def _name(uid: str) -> str:
+    return UID(uid).name
+
+
+def _size(count: int) -> str:
+    return f"{count} bytes" if count < 10_000 else f"{count / 1000:.0f} kB" if count < 10_000_000 else f"{count / 1e6:.0f} MB"
+
+
+def _parsed(moment: Any) -> datetime:
+    return datetime.fromisoformat(str(moment))
+
+
+def _moment(moment: Any) -> str:
+    return f"{_parsed(moment):%Y-%m-%d %H:%M:%S} UTC" if moment else "?"
