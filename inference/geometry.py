@@ -50,6 +50,21 @@ def components(mask: NDArray[np.bool_], minimum_area: float) -> list[NDArray[np.
     return [labels == number for area, number in sorted(areas) if -area >= minimum_area]
 
 
+def labelled(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number the 8-connected parts of a mask from 1, in no particular order; 0 outside. Shape of `mask`, not empty."""
+    return np.asarray(cv2.connectedComponents(mask.astype(np.uint8), connectivity=8, ltype=cv2.CV_32S)[1], np.int32)
+
+
+def thinned(polygon: NDArray[np.float32], limit: int) -> NDArray[np.float32]:
+    """Leave out vertices of a closed polygon, shape (vertices, 2), that matter least, until at most `limit` remain; closed again."""
+    tolerance, points = TOLERANCE, polygon
+    while len(points) > limit:
+        simple = cv2.approxPolyDP(np.ascontiguousarray(polygon[:-1], np.float32).reshape(-1, 1, 2), tolerance, closed=True)[:, 0, :]
+        points = np.vstack([simple, simple[:1]]).astype(np.float32)
+        tolerance *= 1.25
+    return points
+
+
 def outline(mask: NDArray[np.bool_]) -> NDArray[np.float32] | None:
     """Give the outer outline of one connected region along the edges of its pixels.
 
