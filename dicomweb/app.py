@@ -101,6 +101,7 @@ def make_app(
     # Outermost first: answers made from an error are counted too.
     app = web.Application(middlewares=[door.count, door.explain, door.guard], client_max_size=1024**2)
     app.on_response_prepare.append(door.complete)
+    app[TRAFFIC] = door.traffic
     _routes(app, services)
 
     async def close(_: web.Application) -> None:
@@ -143,7 +144,24 @@ def _routes(app: web.Application, services: Services) -> None:
             resource.add_route("POST", _named("store", post))
 
 
+class Traffic:
+    """What runs at the door just now."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.closing = False
+        """No new request is taken, also on connections that are open."""
+
+    async def end(self, within_s: float) -> None:
+        """Take no new request and wait for the running ones."""
+        self.closing = True
+        deadline = asyncio.get_running_loop().time() + within_s
+        while self.requests and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+
+
 TRANSACTION = web.RequestKey("transaction", str)
+TRAFFIC = web.AppKey("traffic", Traffic)
 
 
 def _named(transaction: str, handler: Handler) -> Handler:
@@ -170,7 +188,7 @@ class _Door:
     def __init__(self, services: Services, cors_origins: frozenset[str]) -> None:
         self._services = services
         self._origins = cors_origins
-        self._requests = 0
+        self.traffic = Traffic()
 
     @property
     def count(self) -> Middleware:
@@ -243,8 +261,8 @@ class _Door:
     def _problem(self, request: web.Request, failure: WebError) -> web.Response:
         body = b"" if request.method == "HEAD" else json.dumps(problem(failure.status, failure.detail, failure.extra)).encode()
         response = web.Response(status=failure.status, body=body, headers={"Content-Type": "application/problem+json", **failure.headers})
-        if request.can_read_body and not request.content.at_eof():
-            response.force_close()  # the rest of the body is not waited for
+        if self.traffic.closing or (request.can_read_body and not request.content.at_eof()):
+            response.force_close()  # the rest of a body is not waited for
         return response
 
     @property
@@ -253,7 +271,9 @@ class _Door:
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-            if self._requests >= self._services.limits.requests:
+            if self.traffic.closing:
+                raise Busy("the node is shutting down; try again later")
+            if self.traffic.requests >= self._services.limits.requests:
                 raise Busy(f"{self._services.limits.requests} requests are running; try again later")
             path = request.rel_url.raw_path
             if _HIDDEN.search(path):
@@ -264,11 +284,11 @@ class _Door:
             origin = request.headers.get("Origin")
             if request.method == "POST" and origin is not None and not self._may_write(request, origin):
                 raise Forbidden("web pages of this origin may not store here; allow it by cors_origins")
-            self._requests += 1
+            self.traffic.requests += 1
             try:
                 return await handler(request)
             finally:
-                self._requests -= 1
+                self.traffic.requests -= 1
 
         return middleware
 

@@ -23,7 +23,7 @@ from storage.scan import valid_uid
 
 T = TypeVar("T")
 
-_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:\d{1,5})?")
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
 PIECE = 256 * 1024
 """Bytes that are moved between the loop and a thread at once."""
 

@@ -43,8 +43,8 @@ BINARY = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "UN"})
 _NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "UV": "Q", "SV": "q", "FL": "f", "FD": "d"}
 _CODES = frozenset({"AE", "AS", "CS", "DA", "DT", "TM", "UI"})
 _ONE_TEXT = frozenset({"LT", "ST", "UT", "UR"})
-_INTEGER = re.compile(r"[+-]?\d{1,30}")
-_DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _SAFE_INTEGER = 2**53
 
 

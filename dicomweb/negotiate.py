@@ -27,7 +27,7 @@ UNCOMPRESSED = frozenset(
 DICOM_JSON = "application/dicom+json"
 _MAX_ENTRIES = 64
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_WEIGHT = re.compile(r"(0?\.\d{1,3}|0|1|1\.0{0,3}|0\.)")
+_WEIGHT = re.compile(r"(0?\.[0-9]{1,3}|0|1|1\.0{0,3}|0\.)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from dicomweb.negotiate import json_type
 from storage.records import INDEXED, Level, Match, Query
 
 _HEX = re.compile(r"[0-9A-Fa-f]{8}")
-_NUMBER = re.compile(r"\d{1,18}")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _PASSED_OVER = frozenset({"accept", "charset", "emptyvaluematching", "multiplevaluematching"})
 _COMPUTED: Mapping[str, Level] = MappingProxyType(
     {

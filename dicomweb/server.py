@@ -19,6 +19,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_request import BaseRequest
 
+from dicomweb.app import TRAFFIC
 from dicomweb.errors import problem
 
 _log = logging.getLogger(__name__)
@@ -70,9 +71,11 @@ class _Connection(web.RequestHandler):
 class Serving:
     """A running HTTP door; made by `serve`."""
 
-    def __init__(self, runner: web.AppRunner, server: asyncio.Server) -> None:
+    def __init__(self, app: web.Application, runner: web.AppRunner, server: asyncio.Server, drain_s: float) -> None:
+        self._app = app
         self._runner = runner
         self._server = server
+        self._drain_s = drain_s
 
     @property
     def address(self) -> tuple[str, int]:
@@ -83,6 +86,8 @@ class Serving:
     async def close(self) -> None:
         """Take no new connection, let running requests end within the drain time, then close."""
         self._server.close()
+        # aiohttp's own shutdown stops reading at once, so that an upload could never end: wait first.
+        await self._app[TRAFFIC].end(self._drain_s)
         await self._runner.cleanup()
 
 
@@ -119,7 +124,7 @@ async def serve(
     OSError
         The address cannot be listened on.
     """
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=drain_s)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     loop = asyncio.get_running_loop()
     manager = runner.server
@@ -143,4 +148,4 @@ async def serve(
     except BaseException:
         await runner.cleanup()
         raise
-    return Serving(runner, server)
+    return Serving(app, runner, server, drain_s)

@@ -33,7 +33,7 @@ from storage.stored import StoredInstance
 
 _log = logging.getLogger(__name__)
 DICOM = "application/dicom"
-_FRAME_LIST = re.compile(r"\d{1,9}(,\d{1,9})*")
+_FRAME_LIST = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 _BULK_PATH = re.compile(r"[0-9A-Fa-f]{8}(/[1-9][0-9]{0,6}/[0-9A-Fa-f]{8}){0,64}")
 _ALL_FRAMES = 100_000
 Part = tuple[str, Callable[[], Iterator[bytes]]]
