@@ -105,8 +105,6 @@ class Part10Parser:
         head = self._head
         while True:
             at = self._at
-            if at > META_LIMIT:
-                raise InvalidInstance(f"the file meta information is longer than the limit of {META_LIMIT} bytes")
             if len(head) - at < 8:
                 return False
             group, element, vr, length = _HEADER.unpack_from(head, at)
