@@ -32,8 +32,13 @@ def sample(seed: int) -> Sample:
     """Return the instance of a seed: mostly small, every eighth longer than one sealed segment."""
     rng = random.Random(seed)
     rows, columns = (1100, 1100) if seed % 8 == 7 else rng.choice(((16, 16), (64, 128)))
-    uid = f"2.25.{rng.getrandbits(100)}"
+    uid = f"2.25.1{seed:020d}"
     return photograph(sop=f"{uid}.1", series=f"{uid}.2", study=f"{uid}.3", pixels=rng.randbytes(rows * columns), rows=rows, columns=columns)
+
+
+def seed_of(sop_instance_uid: str) -> int:
+    """Return the seed whose instance has this UID."""
+    return int(sop_instance_uid.split(".")[2][1:])
 
 
 def report_of(seed: int) -> Sample:
@@ -42,10 +47,10 @@ def report_of(seed: int) -> Sample:
     return report(source=source, sop=f"{source.study_instance_uid}.9", text=hashlib.sha256(source.data_set).hexdigest().encode())
 
 
-def work_off(house: House, seeds: dict[str, int], say: Callable[[str], None] = lambda _: None) -> None:
+def work_off(house: House, say: Callable[[str], None] = lambda _: None) -> None:
     """Conclude every analysis and acknowledge every delivery that is due, as worker and courier do."""
     while (job := house.queue.claim(JobKind.ANALYSE, owner="harness")) is not None:
-        seed = seeds[job.sop_instance_uid]
+        seed = seed_of(job.sop_instance_uid)
         made = NewReport("summary", report_of(seed).data_set, deliver_to=PEERS, models={"harness": "1"})
         _unless_lost(house.archive.conclude, job, reports=[made], result={"seed": seed})
         say(f"concluded {seed}")
@@ -66,20 +71,25 @@ def run(
     *,
     reach: Callable[[str], None] = unarmed,
     threads: int = 1,
-    work: bool = True,
+    honest: bool = True,
 ) -> None:
-    """Be the node: receive the seeds' instances, saying ``stored SEED DIGEST`` after each receipt, and work the jobs off."""
+    """Be the node: receive the seeds' instances, saying ``stored SEED DIGEST`` after each receipt, and work the jobs off.
+
+    The negative control is not `honest`: it says so before the commit, as many a receiver does.
+    """
     house = build(folder, reach=reach)
     house.archive.sweep()
     seeds = list(seeds)
-    uids = {sample(seed).sop_instance_uid: seed for seed in seeds}
 
     def receive(mine: list[int]) -> None:
         for seed in mine:
+            if not honest:
+                say(f"stored {seed} {hashlib.sha256(sample(seed).data_set).hexdigest()}")
             receipt = house.ingest(sample(seed))
-            say(f"stored {seed} {receipt.sha256}")
-            if work and threads == 1:
-                work_off(house, uids, say)
+            if honest:
+                say(f"stored {seed} {receipt.sha256}")
+            if threads == 1:
+                work_off(house, say)
 
     if threads == 1:
         receive(seeds)
@@ -89,8 +99,7 @@ def run(
             thread.start()
         for thread in crew:
             thread.join()
-        if work:
-            work_off(house, uids, say)
+        work_off(house, say)
     house.close()
 
 
@@ -117,7 +126,7 @@ def judge(folder: Path, said: Iterable[str], sent: Iterable[int]) -> Verdict:
         house.archive.sweep()
         if house.landing_files():
             verdict.faults.append("the sweep left landing files of a dead process")
-        uids = {sample(seed).sop_instance_uid: seed for seed in sent}
+        sent = list(sent)
         for line in said:
             what, number, *digest = line.split()
             seed = int(number)
@@ -131,11 +140,11 @@ def judge(folder: Path, said: Iterable[str], sent: Iterable[int]) -> Verdict:
         if not found.intact:
             verdict.faults += found.lines()
         verdict.orphans = house.archive.sweep(orphan_grace=timedelta(minutes=-10))
-        for seed in uids.values():
+        for seed in sent:
             if house.ingest(sample(seed)).outcome not in Outcome:
                 verdict.faults.append(f"seed {seed}: cannot be sent again")
-        work_off(house, uids)
-        for seed in uids.values():
+        work_off(house)
+        for seed in sent:
             _judge_end(house, seed, verdict)
         rows = {known.object_key for known in house.index.all_objects()}
         if rows != set(house.objects()):

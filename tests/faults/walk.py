@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +54,8 @@ class Tally:
 class Walk:
     """Hits one victim after the other, in a folder that several share."""
 
-    def __init__(self, root: Path, *, seed: int) -> None:
+    def __init__(self, root: Path, *, seed: int, honest: bool = True) -> None:
+        self._honest = honest
         self.tally = Tally()
         self._root = root
         self._rng = random.Random(seed)
@@ -112,7 +113,7 @@ class Walk:
 
             def be() -> None:
                 os.read(gate_out, 1)
-                run(self._folder, seeds, say, reach=failpoint_from_environment(environ), threads=threads)
+                run(self._folder, seeds, say, reach=failpoint_from_environment(environ), threads=threads, honest=self._honest)
 
             _end_with(be)
         os.close(writing)
@@ -163,11 +164,12 @@ class Walk:
 
     # --- the three walks ---------------------------------------------------------------------------------------------
 
-    def points(self, rounds: int) -> None:
-        """Kill at every failpoint, at its first to `rounds`-th time, with one sender and with three at once."""
-        for step in (*INTAKE_STEPS, *WORK_STEPS):
-            for nth in range(1, rounds + 1):
-                for threads in (1, 3):
+    def points(self, rounds: int, *, steps: Sequence[str], senders: Sequence[int]) -> None:
+        """Kill at every failpoint, at its first to `rounds`-th time, with so many senders at once."""
+        for step in steps:
+            for threads in senders:
+                # An analysis happens once for each instance.
+                for nth in range(1, 1 + (rounds if step in INTAKE_STEPS else min(rounds, _BATCH * threads))):
                     if not self.hit(f"{step}:{nth}", environ={VARIABLE: f"{step}:{nth}"}, threads=threads):
                         self.tally.faults.append(f"{step}:{nth} with {threads} senders was never reached")
 
@@ -219,10 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Walk as asked; the exit status is 0 when nothing was lost and nothing else was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, nargs="?", const=8, default=0, metavar="ROUNDS", help="every failpoint, ROUNDS times")
+    parser.add_argument("--steps", nargs="+", default=(*INTAKE_STEPS, *WORK_STEPS), metavar="STEP", help="only these failpoints")
+    parser.add_argument("--senders", type=int, nargs="+", default=(1, 3), help="how many senders at once")
     parser.add_argument("--kills", type=int, default=0, help="random kills")
     parser.add_argument("--syscalls", type=int, nargs="?", const=1, default=0, metavar="EVERY", help="every EVERY-th call under strace")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--folder", type=Path, default=None, help="where to make the working folder")
+    parser.add_argument("--dishonest", action="store_true", help="negative control: acknowledge before the commit")
     options = parser.parse_args(arguments)
     started = time.monotonic()
 
@@ -232,9 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     report(f"seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="walk-", dir=options.folder) as root:
-        walk = Walk(Path(root), seed=options.seed)
+        walk = Walk(Path(root), seed=options.seed, honest=not options.dishonest)
         if options.points:
-            walk.points(options.points)
+            walk.points(options.points, steps=options.steps, senders=options.senders)
             report(f"points: {walk.tally.line()}")
         if options.syscalls:
             walk.syscalls(every=options.syscalls, report=report)

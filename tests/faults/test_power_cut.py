@@ -1,0 +1,251 @@
+"""Power cuts: the disk's image copied at the moment of an acknowledgement, mounted again, judged.
+
+The node works on an ext4 file system in a loop-mounted image. What it has flushed is in the image file; what it has only written is in the
+page cache of that file system and so not in a copy of the image. The negative control runs the same with every flush switched off by a
+preloaded library, and demands that instances are lost: this test can fail.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from storage.failpoints import VARIABLE
+from tests.faults.ground import INTAKE_STEPS, WORK_STEPS
+
+pytestmark = pytest.mark.peer
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+int fsync(int d) { return 0; }
+int fdatasync(int d) { return 0; }
+int syncfs(int d) { return 0; }
+void sync(void) { }
+int msync(void *a, unsigned long l, int f) { return 0; }
+int sync_file_range(int d, off64_t o, off64_t n, unsigned f) { return 0; }
+static int strip(int flags) { return flags & ~(O_SYNC | O_DSYNC); }
+#define OPEN(name) \\
+int name(const char *path, int flags, ...) { \\
+    va_list rest; va_start(rest, flags); int mode = va_arg(rest, int); va_end(rest); \\
+    int (*real)(const char *, int, ...) = dlsym(RTLD_NEXT, #name); \\
+    return real(path, strip(flags), mode); }
+OPEN(open)
+OPEN(open64)
+"""
+_NODE = """
+import os, sys
+from pathlib import Path
+from storage.failpoints import failpoint_from_environment
+from tests.faults.ground import run
+def say(line):
+    print(line, flush=True)
+    sys.stdin.readline()
+first, count, threads = (int(word) for word in sys.argv[2:])
+run(Path(sys.argv[1]), range(first, first + count), say, reach=failpoint_from_environment(os.environ), threads=threads)
+"""
+_JUDGE = """
+import sys
+from pathlib import Path
+from tests.faults.ground import judge
+lines = sys.stdin.read().splitlines()
+verdict = judge(Path(sys.argv[1]), lines, range(int(sys.argv[2]), int(sys.argv[3])))
+print(verdict.lost, *verdict.faults, sep="\\n")
+"""
+
+
+class Disk:
+    """An ext4 file system in an image file."""
+
+    def __init__(self, image: Path, mount_point: Path) -> None:
+        self.image = image
+        self.mount_point = mount_point
+        mount_point.mkdir(exist_ok=True)
+
+    def mount(self) -> None:
+        """Mount the image; a journal left by a cut is replayed by the kernel."""
+        # commit=300: the file system must not flush of its own accord while the test looks.
+        _do("mount", "-o", "loop,commit=300", str(self.image), str(self.mount_point))
+
+    def unmount(self) -> None:
+        """Unmount, if mounted."""
+        if os.path.ismount(self.mount_point):
+            _do("umount", str(self.mount_point))
+
+    def cut(self, copy: Path) -> None:
+        """Copy the image as it is now, without any flush."""
+        _do("cp", "--sparse=always", str(self.image), str(copy))
+
+
+def _do(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A small mounted disk; needs root, mkfs.ext4 and loop devices."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("mkfs.ext4 is not installed (package e2fsprogs)")
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(96 << 20)
+    _do("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(image))
+    made = Disk(image, tmp_path / "disk")
+    try:
+        made.mount()
+    except RuntimeError as error:
+        pytest.skip(f"no loop mount here: {error}")
+    yield made
+    made.unmount()
+
+
+@pytest.fixture
+def flushless(tmp_path: Path) -> dict[str, str]:
+    """Environment in which every flush is a lie."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    source, library = tmp_path / "flushless.c", tmp_path / "flushless.so"
+    source.write_text(_SHIM)
+    _do("gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl")
+    return {"LD_PRELOAD": str(library)}
+
+
+@contextmanager
+def node(
+    folder: Path, first: int, count: int, *, threads: int = 1, environ: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a node that says each acknowledgement and waits until it may go on; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _NODE, str(folder), str(first), str(count), str(threads)],
+        cwd=_REPOSITORY,
+        env={**os.environ, **(environ or {})},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def judged(copy: Path, mount_point: Path, said: list[str], first: int, last: int) -> tuple[int, list[str]]:
+    """Mount a copy, start on it, return how many acknowledged instances are lost and every fault."""
+    disk = Disk(copy, mount_point)
+    disk.mount()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _JUDGE, str(mount_point / "house"), str(first), str(last)],
+            cwd=_REPOSITORY,
+            input="\n".join(said),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        disk.unmount()
+        copy.unlink()
+    if done.returncode:
+        return len(said), [f"the node does not start: {done.stderr.splitlines()[-1]}"]
+    lost, *faults = done.stdout.splitlines()
+    return int(lost), faults
+
+
+def cut_at_each_acknowledgement(disk: Disk, tmp_path: Path, *, count: int, environ: dict[str, str]) -> list[tuple[int, list[str]]]:
+    """Cut the power at each acknowledgement and return what was lost each time."""
+    folder = disk.mount_point / "house"
+    with node(folder, 0, 1) as process:  # the folder itself is made, with real flushes
+        for _ in iter(process.stdout.readline, ""):  # type: ignore[union-attr]
+            process.stdin.write("\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+    _do("sync", "-f", str(disk.mount_point))
+    said: list[str] = []
+    cuts: list[tuple[Path, list[str]]] = []
+    with node(folder, 1, count, environ=environ) as process:
+        for line in iter(process.stdout.readline, ""):  # type: ignore[union-attr]
+            copy = tmp_path / f"cut{len(cuts)}.img"
+            disk.cut(copy)
+            said.append(line.strip())
+            cuts.append((copy, list(said)))
+            process.stdin.write("\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+    disk.unmount()
+    return [judged(copy, tmp_path / "copy", before, 0, 1 + count) for copy, before in cuts]
+
+
+def test_power_cut_at_the_acknowledgement_loses_nothing(disk: Disk, tmp_path: Path) -> None:
+    """Every instance, report and proof that was acknowledged when the power went is there after the restart (threats.md fault 3)."""
+    found = cut_at_each_acknowledgement(disk, tmp_path, count=6, environ={})
+    assert len(found) == 12  # a receipt and a concluded analysis for each instance
+    assert [faults for _, faults in found if faults] == []
+    assert sum(lost for lost, _ in found) == 0
+
+
+def test_power_cut_without_flushes_loses_instances(disk: Disk, tmp_path: Path, flushless: dict[str, str]) -> None:
+    """Negative control: with every flush switched off the same cuts lose acknowledged instances."""
+    found = cut_at_each_acknowledgement(disk, tmp_path, count=2, environ=flushless)
+    assert len(found) == 4
+    assert all(lost > 0 for lost, _ in found), found
+
+
+def test_power_cut_at_each_step(disk: Disk, tmp_path: Path) -> None:
+    """A cut at each step of the durable path keeps what was acknowledged, and what was not can be sent again (fault 2)."""
+    folder = disk.mount_point / "house"
+    said: list[str] = []
+    cuts: list[tuple[str, Path, list[str], int]] = []
+    for number, step in enumerate((*INTAKE_STEPS, *WORK_STEPS)):
+        nth = 2 if step in INTAKE_STEPS else 1
+        with node(folder, 2 * number, 2, environ={VARIABLE: f"{step}:{nth}:pause"}) as process:
+            paused = _until_paused(process, said.append)
+            assert paused, f"{step} was not reached"
+            copy = tmp_path / f"cut{number}.img"
+            disk.cut(copy)
+            cuts.append((step, copy, list(said), 2 * number + 2))
+    disk.unmount()
+    for step, copy, before, last in cuts:
+        assert (step, judged(copy, tmp_path / "copy", before, 0, last)) == (step, (0, []))
+
+
+def _until_paused(process: subprocess.Popen[str], say: Callable[[str], None]) -> bool:
+    """Let the node go on at each acknowledgement until its failpoint pauses it."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    paused = threading.Event()
+
+    def listen() -> None:
+        for line in iter(process.stderr.readline, ""):  # type: ignore[union-attr]
+            if "is paused" in line:
+                paused.set()
+                return
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    while not paused.is_set():
+        if select.select([process.stdout], [], [], 0.02)[0]:
+            line = process.stdout.readline()
+            if not line:
+                break
+            say(line.strip())
+            process.stdin.write("\n")
+            process.stdin.flush()
+    listener.join()
+    return paused.is_set()
