@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -62,6 +63,12 @@ class Walk:
         self._next = seed * 1_000_000
         self._folder = root / "0"
         self._used = 0
+        # Everything is imported, compiled and cached here, once, before the first victim is forked.
+        said: list[str] = []
+        run(root / "warm", range(_BATCH), said.append)
+        judge(root / "warm", said, range(_BATCH))
+        if threading.active_count() != 1:
+            raise RuntimeError("a walk forks: nothing else may run in this process")
 
     def hit(
         self,
@@ -164,7 +171,7 @@ class Walk:
 
     # --- the three walks ---------------------------------------------------------------------------------------------
 
-    def points(self, rounds: int, *, steps: Sequence[str], senders: Sequence[int]) -> None:
+    def points(self, rounds: int, *, steps: Sequence[str], senders: Sequence[int], report: Callable[[str], None]) -> None:
         """Kill at every failpoint, at its first to `rounds`-th time, with so many senders at once."""
         for step in steps:
             for threads in senders:
@@ -172,6 +179,7 @@ class Walk:
                 for nth in range(1, 1 + (rounds if step in INTAKE_STEPS else min(rounds, _BATCH * threads))):
                     if not self.hit(f"{step}:{nth}", environ={VARIABLE: f"{step}:{nth}"}, threads=threads):
                         self.tally.faults.append(f"{step}:{nth} with {threads} senders was never reached")
+            report(f"{step}: {self.tally.line()}")
 
     def random(self, kills: int, *, report: Callable[[str], None]) -> None:
         """Kill at random moments until `kills` victims died; those that were done before do not count."""
@@ -239,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="walk-", dir=options.folder) as root:
         walk = Walk(Path(root), seed=options.seed, honest=not options.dishonest)
         if options.points:
-            walk.points(options.points, steps=options.steps, senders=options.senders)
+            walk.points(options.points, steps=options.steps, senders=options.senders, report=report)
             report(f"points: {walk.tally.line()}")
         if options.syscalls:
             walk.syscalls(every=options.syscalls, report=report)
