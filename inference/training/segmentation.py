@@ -118,18 +118,17 @@ def finish(kept: nn.Module, listed: list[data.Picture], pictures: NDArray[np.uin
     """Choose the cut on validation, measure on test at full size, write the bundle."""
     split = np.array([picture.split for picture in listed])
 
-    def measured(indices: NDArray[np.int64], cut: float) -> NDArray[np.float64]:
-        found = probabilities(kept, pictures[indices], views=VIEWS)
-        scores = []
-        for index, one in zip(indices, found, strict=True):
-            truth = data.read_rgb(listed[index].mask)[:, :, 0] >= 128
-            scores.append(dice(cv2.resize(one, (FULL, FULL), interpolation=cv2.INTER_LINEAR) >= cut, truth))
-        return np.array(scores)
+    def found_and_true(indices: NDArray[np.int64]) -> tuple[NDArray[np.float32], list[NDArray[np.bool_]]]:
+        return probabilities(kept, pictures[indices], views=VIEWS), [data.read_rgb(listed[index].mask)[:, :, 0] >= 128 for index in indices]
+
+    def measured(found: NDArray[np.float32], truth: list[NDArray[np.bool_]], cut: float) -> NDArray[np.float64]:
+        large = (cv2.resize(one, (FULL, FULL), interpolation=cv2.INTER_LINEAR) for one in found)
+        return np.array([dice(np.asarray(one) >= cut, mask) for one, mask in zip(large, truth, strict=True)])
 
     validation, test = np.nonzero(split == "validation")[0], np.nonzero(split == "test")[0]
-    cuts = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
-    cut = max(cuts, key=lambda value: float(measured(validation, value).mean()))
-    scores = measured(test, cut)
+    known = found_and_true(validation)
+    cut = max((0.35, 0.4, 0.45, 0.5, 0.55, 0.6), key=lambda value: float(measured(*known, value).mean()))
+    scores = measured(*found_and_true(test), cut)
     figures: dict[str, Any] = {
         "dice_mean": round(float(scores.mean()), 4),
         "dice_mean_95": fit.interval(lambda chosen: float(scores[chosen].mean()), len(scores)),
