@@ -57,7 +57,6 @@ class Part10Parser:
         self._at = _PREFIX_END
         self._stated_end = 0
         self._texts: dict[int, str] = {}
-        self._has_data = False
 
     def feed(self, chunk: Buffer) -> Iterator[memoryview | bytes]:
         """Take the next bytes of the file; the data set bytes among them are in the result.
@@ -73,7 +72,6 @@ class Part10Parser:
         """
         if self.transfer_syntax_uid is not None:
             view = memoryview(chunk)
-            self._has_data = self._has_data or bool(view)
             return iter((view,) if view else ())
         self._head += memoryview(chunk)
         if len(self._head) < _PREFIX_END:
@@ -84,7 +82,6 @@ class Part10Parser:
             return iter(())
         rest = bytes(self._head[self._at :])
         self._head.clear()
-        self._has_data = bool(rest)
         return iter((rest,) if rest else ())
 
     def finish(self) -> None:
@@ -96,9 +93,7 @@ class Part10Parser:
             The file ends within the preamble or the file meta information, or has no data set.
         """
         if self.transfer_syntax_uid is None:
-            raise InvalidInstance("the file ends before the end of its preamble and file meta information")
-        if not self._has_data:
-            raise InvalidInstance("the file holds file meta information and no data set")
+            raise InvalidInstance("the file ends before its data set, which preamble and file meta information (group 0002) precede")
 
     def _parse(self) -> bool:
         """Walk the elements of group 0002 as far as the bytes go; tell whether the group is complete."""
