@@ -4,13 +4,14 @@ Which decoder runs is decided by what the stream is, not by what the file meta s
 
     uncompressed, deflated, big endian, encapsulated      numpy
     RLE                                                   inference.codestream
-    JPEG, 8 bit, DCT (.50, .51, .53, .55)                 OpenCV (libjpeg-turbo)
-    JPEG, 12 bit DCT (.51, .55) and lossless (.57, .70)   GDCM
+    JPEG, 8 bit, DCT (.50, .51, .53, .55)                 OpenCV (libjpeg-turbo 3)
+    JPEG, 8 bit, lossless (.57, .70)                      the same
+    JPEG, 12 bit DCT (.51, .55), deeper lossless          GDCM, in a process of its own
     JPEG-LS (.80, .81)                                    CharLS
     JPEG 2000 (.90, .91), HTJ2K (.201, .202, .203)        OpenJPEG
 
-A stream that announces another picture than the header never reaches a decoder. Codecs are native code all the same: they
-run in the worker's process, where a crash costs one attempt of one job.
+A stream that announces another picture than the header never reaches a decoder. Codecs are native code all the same: in the
+worker's process a crash costs one attempt of one job.
 
 References
 ----------
@@ -25,13 +26,12 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import cv2
-import gdcm
 import jpeg_ls
 import numpy as np
 import openjpeg
 from numpy.typing import NDArray
 
-from inference import codestream, colour
+from inference import codestream, colour, gdcm_process
 from inference.errors import UnsupportedPixels
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -59,7 +59,7 @@ LOSSLESS: Final = frozenset(
 )
 """Transfer syntaxes that cannot change a stored value."""
 
-_CODEC_ERRORS: Final = (cv2.error, AttributeError, RuntimeError, SystemError, TypeError, ValueError)
+_CODEC_ERRORS: Final = (cv2.error, gdcm_process.DecoderDied, RuntimeError, SystemError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,46 +253,38 @@ def _jpeg(image: ImagePixel, stream: bytes) -> Decoded:
     header = codestream.jpeg_header(stream)
     components = len(header.component_ids)
     _agree(image, rows=header.rows, columns=header.columns, components=components, precision=header.precision)
+    lossless = header.process == codestream.JPEG_LOSSLESS
     ybr = header.holds_ybr if header.holds_ybr is not None else image.photometric_interpretation.startswith("YBR_FULL")
-    if header.precision == 8 and header.process in {0xC0, 0xC1, 0xC2}:
-        if components == 3 and header.adobe_transform is None and not header.jfif:
-            stream = codestream.with_colour_transform(stream, ybr=ybr)
+    interpretation = image.photometric_interpretation if components == 1 else "RGB"
+    values: Stored
+    if header.precision == 8 and (lossless or header.process in {0xC0, 0xC1, 0xC2}):
+        if components == 3:  # libjpeg converts what it takes for YBR, except in lossless streams
+            stream = codestream.with_colour_transform(stream, header, ybr=ybr and not lossless)
         mode = (cv2.IMREAD_GRAYSCALE if components == 1 else cv2.IMREAD_COLOR_RGB) | cv2.IMREAD_IGNORE_ORIENTATION
         picture = cv2.imdecode(np.frombuffer(stream, np.uint8), mode)
         if picture is None or picture.shape[:2] != (image.rows, image.columns):
             raise UnsupportedPixels("The decoder could make no picture of the JPEG stream.")
-        interpretation = "RGB" if components == 3 else image.photometric_interpretation
-        return Decoded(_signed(image, np.asarray(picture, np.uint8), header.precision), interpretation, header.icc_profile)
-    if header.process != codestream.JPEG_LOSSLESS and not (header.process in {0xC1, 0xC2} and header.precision == 12):
+        values = np.asarray(picture, np.uint8)
+    elif lossless or (header.process in {0xC1, 0xC2} and header.precision == 12):
+        values = _gdcm(image, stream, header)
+    else:
         raise UnsupportedPixels(f"No decoder for this kind of JPEG stream (SOF 0x{header.process:02X}, {header.precision} bits).")
-    interpretation = image.photometric_interpretation if components == 1 else "YBR_FULL" if ybr else "RGB"
-    return Decoded(_signed(image, _gdcm(image, stream, header), header.precision), interpretation, header.icc_profile)
+    if components == 3 and ybr and (lossless or header.precision > 8):
+        interpretation = "YBR_FULL"
+    return Decoded(_signed(image, values, header.precision), interpretation, header.icc_profile)
 
 
 def _gdcm(image: ImagePixel, stream: bytes, header: codestream.JpegHeader) -> Stored:
-    """Decode with GDCM, which gives the samples as they are, without a change of colour.
-
-    It is told the precision of the stream, not that of the header: where they differ it would lose bits.
-    """
-    fragment = gdcm.Fragment()
-    fragment.SetByteStringValue(stream)
-    fragments = gdcm.SequenceOfFragments.New()
-    fragments.AddFragment(fragment)
-    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
-    element.SetValue(fragments.__ref__())
-    picture = gdcm.Image()
-    picture.SetNumberOfDimensions(2)
-    picture.SetDimensions((image.columns, image.rows, 1))
-    picture.SetDataElement(element)
-    kind = gdcm.PhotometricInterpretation.RGB if image.samples_per_pixel == 3 else gdcm.PhotometricInterpretation.MONOCHROME2
-    picture.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(kind))
-    syntaxes = {codestream.JPEG_LOSSLESS: gdcm.TransferSyntax.JPEGLosslessProcess14, codestream.JPEG_LS: gdcm.TransferSyntax.JPEGLSLossless}
-    syntax = syntaxes.get(header.process, gdcm.TransferSyntax.JPEGExtendedProcess2_4)
-    picture.SetTransferSyntax(gdcm.TransferSyntax(syntax))
-    allocated = 8 if header.precision <= 8 else 16
-    picture.SetPixelFormat(gdcm.PixelFormat(image.samples_per_pixel, allocated, header.precision, header.precision - 1, 0))
-    # The wrapper hands bytes over as text with surrogates; pydicom's plug-in undoes it in the same way.
-    samples = picture.GetBuffer().encode("utf-8", "surrogateescape")
+    """Decode in a process of its own; the samples come as they are, without a change of colour."""
+    syntaxes = {codestream.JPEG_LOSSLESS: "JPEGLosslessProcess14", codestream.JPEG_LS: "JPEGLSLossless"}
+    samples = gdcm_process.decode(
+        stream,
+        syntax=syntaxes.get(header.process, "JPEGExtendedProcess2_4"),
+        rows=image.rows,
+        columns=image.columns,
+        samples=image.samples_per_pixel,
+        precision=header.precision,
+    )
     return _little(samples, header.precision).reshape(
         (image.rows, image.columns, 3) if image.samples_per_pixel == 3 else (image.rows, image.columns)
     )

@@ -57,6 +57,8 @@ class JpegHeader:
     adobe_transform: int | None
     """Colour transform of APP14: 0 none, 1 YCbCr; None when the stream carries no such segment."""
     icc_profile: bytes
+    colour_segments: tuple[int, ...]
+    """Where the JFIF and APP14 segments begin."""
 
     @property
     def subsampled(self) -> bool:
@@ -163,6 +165,7 @@ def jpeg_header(stream: bytes) -> JpegHeader:
     frame: tuple[int, bytes] | None = None
     jfif, adobe_transform, scans = False, None, 0
     profile_chunks: dict[int, bytes] = {}
+    colour_segments: list[int] = []
     position = 2
     while position + 2 <= len(stream):
         if stream[position] != 0xFF:
@@ -174,11 +177,13 @@ def jpeg_header(stream: bytes) -> JpegHeader:
         if marker == 0xD9:
             if frame is None or not scans:
                 raise UnsupportedPixels("The JPEG stream holds no picture.")
-            return _described(frame, jfif=jfif, adobe_transform=adobe_transform, icc_profile=_joined(profile_chunks))
+            return _described(frame, jfif, adobe_transform, _joined(profile_chunks), tuple(colour_segments))
         length = int.from_bytes(stream[position + 2 : position + 4], "big")
         segment = stream[position + 4 : position + 2 + length]
         if length < 2 or position + 2 + length > len(stream):
             break
+        if marker in {0xE0, 0xEE}:
+            colour_segments.append(position)
         position += 2 + length
         if marker in _START_OF_FRAME:
             if frame is not None:
@@ -206,7 +211,9 @@ def _joined(chunks: dict[int, bytes]) -> bytes:
     return b"".join(chunks[number] for number in sorted(chunks))
 
 
-def _described(frame: tuple[int, bytes], *, jfif: bool, adobe_transform: int | None, icc_profile: bytes) -> JpegHeader:
+def _described(
+    frame: tuple[int, bytes], jfif: bool, adobe_transform: int | None, icc_profile: bytes, colour_segments: tuple[int, ...]
+) -> JpegHeader:
     process, segment = frame
     count = segment[5] if len(segment) > 5 else 0
     if not 1 <= count <= 4 or len(segment) < 6 + 3 * count:
@@ -223,12 +230,16 @@ def _described(frame: tuple[int, bytes], *, jfif: bool, adobe_transform: int | N
         jfif=jfif,
         adobe_transform=adobe_transform,
         icc_profile=icc_profile,
+        colour_segments=colour_segments,
     )
 
 
-def with_colour_transform(stream: bytes, *, ybr: bool) -> bytes:
-    """Put an APP14 segment behind SOI, so that a decoder that guesses colours from markers does not have to guess."""
-    return stream[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([ybr]) + stream[2:]
+def with_colour_transform(stream: bytes, header: JpegHeader, *, ybr: bool) -> bytes:
+    """Let a stream of three components say what they are in the one way that every decoder understands: a single APP14 segment."""
+    unmarked = bytearray(stream)
+    for position in header.colour_segments:
+        unmarked[position + 1] = 0xEF  # APP15 means nothing to anybody
+    return bytes(unmarked[:2]) + b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([ybr]) + bytes(unmarked[2:])
 
 
 def jpeg_2000_header(stream: bytes) -> Jpeg2000Header:

@@ -177,6 +177,11 @@ def without_markers(stream: bytes) -> bytes:
     return b"".join([*kept, bytes(scan)])
 
 
+def with_app14(stream: bytes, *, transform: int) -> bytes:
+    """Put Adobe's segment behind SOI: 0 says RGB, 1 says YCbCr."""
+    return stream[:2] + struct.pack(">HH5sHHHB", 0xFFEE, 14, b"Adobe", 100, 0, 0, transform) + stream[2:]
+
+
 def jpeg_lossless(values: NDArray[Any], *, selection_value_1: bool, folder: Path) -> bytes:
     """JPEG lossless, by GDCM; whatever the samples mean."""
     (folder / "in.dcm").write_bytes(native(values[None], photometric_interpretation="RGB" if values.ndim == 3 else "MONOCHROME2"))
