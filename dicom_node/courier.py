@@ -197,7 +197,7 @@ class Courier:
         if outcome.comment:
             detail["comment"] = outcome.comment
         try:
-            self._archive.acknowledge(parcel.job, status=f"{outcome.status:04X}", detail=detail)
+            self._archive.acknowledge(parcel.job, status=outcome.status, detail=detail)
         except LeaseLost:
             log.warning("delivery.lease_lost", job=parcel.job.id, peer=peer.name)
             return
@@ -210,7 +210,8 @@ class Courier:
         log.warning("delivery.failed", job=job.id, peer=job.lane, reason=str(error), retryable=error.retryable)
         self._observe("delivery.failed", peer=job.lane, retryable=error.retryable)
         try:
-            self._queue.fail(job, str(error), retryable=error.retryable)
+            comment = getattr(error, "comment", "")
+            self._queue.fail(job, f"{error} [{comment}]" if comment else str(error), retryable=error.retryable)
         except LeaseLost:
             log.warning("delivery.lease_lost", job=job.id, peer=job.lane)
 

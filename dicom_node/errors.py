@@ -32,11 +32,14 @@ class Refused(DeliveryError):
         Status (0000,0900) of the C-STORE response; 0 where the refusal came before any response (no presentation context accepted).
     reason
         For people: what was refused, and what to do.
+    comment
+        Error Comment (0000,0902), the peer's words, which may hold anything: for the encrypted index, never for a log.
     """
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, comment: str = "") -> None:
         super().__init__(reason)
         self.status = status
+        self.comment = comment
         self.retryable = status in OUT_OF_RESOURCES
 
 

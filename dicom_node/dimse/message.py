@@ -222,14 +222,14 @@ class StoreOperation(Protocol):
 class MessageReader:
     """Puts the fragments of one association's messages together, in the only order that PS3.8 Annex E allows.
 
-    C-STORE requests are answered here; every other message is handed on, fragment by fragment.
+    C-STORE requests are answered here, where they are expected; every other message is handed on, fragment by fragment.
 
     Parameters
     ----------
     known_context
         Whether a presentation context id was accepted.
     begin_store
-        Opens the operation of a C-STORE-RQ received in a context.
+        Opens the operation of a C-STORE-RQ received in a context; None where we are the sender, and expect none.
     answer
         Sends an encoded command set in a context.
     hand_on
@@ -242,7 +242,7 @@ class MessageReader:
         self,
         *,
         known_context: Callable[[int], bool],
-        begin_store: Callable[[int, StoreRequest], StoreOperation],
+        begin_store: Callable[[int, StoreRequest], StoreOperation] | None,
         answer: Callable[[int, bytes], None],
         hand_on: Callable[[int, int, bytes], None],
         command_bytes: int,
@@ -304,7 +304,7 @@ class MessageReader:
         self._command.clear()
         elements = parse_command(encoded)
         self._awaiting_data = number_of(elements, COMMAND_DATA_SET_TYPE) != NO_DATA_SET
-        if number_of(elements, COMMAND_FIELD) == C_STORE_RQ:
+        if number_of(elements, COMMAND_FIELD) == C_STORE_RQ and self._begin_store is not None:
             self._request = store_request(elements)
             self._operation = self._begin_store(context_id, self._request)
             if not self._awaiting_data:

@@ -1,6 +1,6 @@
-"""Takes over the reading of an acceptor's socket from pynetdicom, so that data sets flow on in pieces as they arrive.
+"""Takes over the reading of an association's socket from pynetdicom, so that data sets flow on in pieces as they arrive.
 
-pynetdicom keeps negotiation, state machine, release, abort and every message but C-STORE. What changes, all in `StoreReceiver`:
+pynetdicom keeps negotiation, state machine, release, abort and every message but C-STORE. What changes, all in `UpperLayer`:
 
 - PDUs are read into one buffer, their lengths judged at the 6-byte header, before anything is buffered;
 - the thread waits in ``poll`` instead of looking every millisecond, and is woken when something is to be sent;
@@ -30,6 +30,7 @@ from pynetdicom.association import Association
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import P_DATA
+from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse.message import COMMAND, MessageReader, ProtocolViolation, StoreOperation, StoreRequest, pdata
@@ -161,17 +162,20 @@ class PDUBuffer:
         return _HEADER + int(length)
 
 
-class StoreReceiver(DULServiceProvider):
-    """The upper layer provider of an accepted association; runs in a thread of its own, as its parent does.
+class UpperLayer(DULServiceProvider):
+    """The upper layer provider of an association, of either role; runs in a thread of its own, as its parent does.
+
+    The library's own waits for ever for the rest of a PDU that never comes, and takes its thread's caller with it.
 
     Parameters
     ----------
     assoc
-        The acceptor it serves.
+        The association it serves.
     limits
         See `ReceiveLimits`.
     begin_store
         Opens a `StoreOperation` for a C-STORE-RQ received in an accepted presentation context; does not raise StorageError.
+        None where we are the sender.
     observe
         Told ``association.violation`` with ``reason``.
     """
@@ -181,8 +185,8 @@ class StoreReceiver(DULServiceProvider):
         assoc: Association,
         *,
         limits: ReceiveLimits,
-        begin_store: Callable[[Any, StoreRequest], StoreOperation],
-        observe: Callable[..., None],
+        begin_store: Callable[[PresentationContext, StoreRequest], StoreOperation] | None = None,
+        observe: Callable[..., None] = unobserved,
     ) -> None:
         super().__init__(assoc)
         self.socket: AssociationSocket
@@ -197,7 +201,7 @@ class StoreReceiver(DULServiceProvider):
         self._closing_since: float | None = None
         self._messages = MessageReader(
             known_context=lambda context_id: context_id in assoc._accepted_cx,  # noqa: SLF001 - see library.py
-            begin_store=lambda context_id, request: begin_store(assoc._accepted_cx[context_id], request),  # noqa: SLF001
+            begin_store=None if begin_store is None else lambda number, request: begin_store(assoc._accepted_cx[number], request),  # noqa: SLF001
             answer=self._answer,
             hand_on=self._hand_on,
             command_bytes=limits.command_bytes,
@@ -235,12 +239,13 @@ class StoreReceiver(DULServiceProvider):
             self._waker.close()
             self._buffer.discard()
             self.socket._shutdown_socket()  # noqa: SLF001
+            self.assoc.dimse.msg_queue.put((None, None))  # whoever waits for an answer
             self.to_user_queue.put(None)  # type: ignore[arg-type] # else the association's thread waits out the handshake time for a peer that is gone
 
     def _is_transport_event(self) -> bool:
         """Wait for bytes, something to send, or a quarter second; deal with what came. True when the peer sent a whole PDU."""
         sock = self.socket.socket
-        if sock is None:
+        if sock is None or not self.socket._is_connected:  # noqa: SLF001
             return False
         if self.state_machine.current_state == "Sta13":
             return self._await_close(sock)

@@ -31,7 +31,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
-from dicom_node.dimse.receive import ReceiveLimits, StoreReceiver, unobserved
+from dicom_node.dimse.receive import ReceiveLimits, UpperLayer, unobserved
 from dicom_node.peers import Peer, Peers, normal_address
 from storage.errors import MismatchedInstance, StorageError
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
@@ -324,7 +324,7 @@ class AcceptedAssociation(Association):
         self.address = normal_address(str(address[0]))
         self._connection = connection
         self.acse = AdmittingACSE(self)
-        self.dul = StoreReceiver(
+        self.dul = UpperLayer(
             self,
             limits=door.limits,
             begin_store=lambda context, request: door.begin_store(self, context, request),

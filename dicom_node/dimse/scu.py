@@ -16,18 +16,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import structlog
+from pydicom.dataset import Dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
 from pynetdicom.dsutils import decode, encode
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import PresentationContext, build_context
+from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse import message
 from dicom_node.dimse.library import quiet
+from dicom_node.dimse.receive import ReceiveLimits, UpperLayer
 from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
 from dicom_node.peers import Peer
 from storage.errors import StorageError
@@ -36,6 +39,7 @@ from storage.records import Summary
 
 log = structlog.get_logger(__name__)
 
+_VERIFICATION = "1.2.840.10008.1.1"
 _CONTEXTS = 128  # PS3.8 9.3.2.2: odd numbers of one byte
 _FRAGMENT = 131_060
 _CONVERTIBLE = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian), str(DeflatedExplicitVRLittleEndian))
@@ -68,6 +72,51 @@ class Stored:
 Outcome = Stored | DeliveryError | StorageError
 
 
+class Caller(AE):
+    """An application entity for one association, read by our `UpperLayer`.
+
+    It keeps the association's socket, which the library leaves open when a call fails.
+    """
+
+    def __init__(self, ae_title: str, *, connect_s: float, answer_s: float) -> None:
+        super().__init__(ae_title=ae_title)
+        self.connection_timeout = connect_s
+        self.acse_timeout = connect_s
+        self.dimse_timeout = answer_s
+        self.network_timeout = None
+        self.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
+        self.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+        self._answer_s = answer_s
+        self._limits = ReceiveLimits(maximum_pdu_length=self.maximum_pdu_size)
+        self._connections: list[socket.socket] = []
+
+    def _create_socket(self, *arguments: Any, **settings: Any) -> AssociationSocket:
+        association: Association = arguments[0]
+        association.dul = UpperLayer(association, limits=self._limits)
+        association.acse_timeout = self.acse_timeout  # their setters reach into the provider, which is a new one
+        association.network_timeout = self.network_timeout
+        wrapper = super()._create_socket(*arguments, **settings)
+        connection = cast("socket.socket", wrapper.socket)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", max(int(self._answer_s), 1), 0))
+        self._connections.append(connection)
+        return wrapper
+
+    def close(self, association: Association) -> None:
+        """Release, or abort what cannot be released; threads and sockets are gone on return."""
+        association._reactor_checkpoint.set()  # noqa: SLF001 - see library.py
+        if association.is_established:
+            association.release()
+        if not association.is_released and not association.is_aborted and not association.is_rejected:
+            association.abort()
+        association.dul.kill_dul()
+        for thread in (association, association.dul):
+            with contextlib.suppress(RuntimeError):  # never started: the call failed before
+                thread.join()
+        for connection in self._connections:
+            connection.close()
+
+
 class StorageSCU:
     """Sends by C-STORE.
 
@@ -93,13 +142,10 @@ class StorageSCU:
         PeerUnreachable
             It does not answer, or not with Success.
         """
-        association = self._associate(peer, [build_context("1.2.840.10008.1.1")])
-        try:
-            status = association.send_c_echo()
+        with self._association(peer, [build_context(_VERIFICATION)]) as association:
+            status = association.send_c_echo() if association.is_established else Dataset()
             if "Status" not in status or status.Status != 0:
                 raise PeerUnreachable(f"{_name(peer)} accepted the association but did not answer C-ECHO with Success")
-        finally:
-            _close(association)
 
     def store(
         self, peer: Peer, instances: Sequence[Sendable], *, sent: Callable[[], None] = lambda: None
@@ -133,8 +179,7 @@ class StorageSCU:
                     return
 
     def _store_batch(self, peer: Peer, instances: Sequence[Sendable], sent: Callable[[], None]) -> Iterator[tuple[Sendable, Outcome]]:
-        association = self._associate(peer, _contexts(instances))
-        try:
+        with self._association(peer, _contexts(instances)) as association:
             _pause(association)
             for number, instance in enumerate(instances, start=1):
                 try:
@@ -144,46 +189,44 @@ class StorageSCU:
                 except OSError as error:
                     outcome = PeerUnreachable(f"{_name(peer)} closed the connection within an instance; look at its log")
                     outcome.__cause__ = error
-                if isinstance(outcome, PeerUnreachable | StorageError):
+                broken = isinstance(outcome, PeerUnreachable | StorageError)
+                if broken:
                     association.abort()
                 yield instance, outcome
-                if isinstance(outcome, PeerUnreachable | StorageError):
+                if broken:
                     return
-        finally:
-            _close(association)
 
-    def _associate(self, peer: Peer, contexts: list[PresentationContext]) -> Association:
+    @contextlib.contextmanager
+    def _association(self, peer: Peer, contexts: list[PresentationContext]) -> Iterator[Association]:
+        """Associate for the length of a block. The association is not established where the peer accepted none of the contexts.
+
+        Raises
+        ------
+        PeerUnreachable
+            No connection, or a rejection.
+        """
         if not peer.callable or not peer.port:
             raise PeerUnreachable(f"{_name(peer)} has no address; give its [[peers]] entry a host and a port")
-        entity = AE(ae_title=self._ae_title)
-        entity.connection_timeout = self._connect_s
-        entity.acse_timeout = self._connect_s
-        entity.dimse_timeout = self._answer_s
-        entity.network_timeout = None
-        entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-        entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         try:
-            address = str(socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)[0][4][0])
+            found = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise PeerUnreachable(f"{_name(peer)}: the host name {peer.host} does not resolve; correct it or the name service") from error
-        association = entity.associate(address, peer.port, contexts=contexts, ae_title=peer.ae_title)
-        if association.is_established:
-            self._tune(association, peer)
-            return association
-        if association.is_rejected:
-            answer = cast("A_ASSOCIATE", association.acceptor.primitive)
-            raise PeerUnreachable(
-                f"{_name(peer)} rejected the association ({answer.reason_str}); "
-                f"let it know our AE title {self._ae_title}, and check the AE title we call it by, {peer.ae_title}"
-            )
-        if association.rejected_contexts:
-            return association  # accepted, but no context: each instance is refused with the context it would have needed
+        for address in dict.fromkeys(str(entry[4][0]) for entry in found):
+            caller = Caller(self._ae_title, connect_s=self._connect_s, answer_s=self._answer_s)
+            association = caller.associate(address, peer.port, contexts=contexts, ae_title=peer.ae_title, max_pdu=caller.maximum_pdu_size)
+            try:
+                if association.is_established or association.rejected_contexts:
+                    yield association
+                    return
+                if association.is_rejected:
+                    answer = cast("A_ASSOCIATE", association.acceptor.primitive)
+                    raise PeerUnreachable(
+                        f"{_name(peer)} rejected the association ({answer.reason_str}); "
+                        f"let it know our AE title {self._ae_title}, and check the AE title we call it by, {peer.ae_title}"
+                    )
+            finally:
+                caller.close(association)
         raise PeerUnreachable(f"{_name(peer)} did not answer at {peer.host} port {peer.port}; is it running, and is the port open?")
-
-    def _tune(self, association: Association, peer: Peer) -> None:
-        sock = _socket(association, peer)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", max(int(self._answer_s), 1), 0))
 
     def _store_one(self, association: Association, peer: Peer, instance: Sendable, message_id: int, sent: Callable[[], None]) -> Stored:
         context, chunks = _fit(association, peer, instance)
@@ -217,7 +260,9 @@ class StorageSCU:
         comment = str(getattr(answer, "ErrorComment", None) or "")
         if status == 0 or status >> 12 == 0xB or status in _WARNINGS:
             return Stored(status, comment)
-        raise Refused(status, f"{_name(peer)} refused the instance with status {status:04X}; PS3.4 Table B.2-1 and its log say why")
+        raise Refused(
+            status, f"{_name(peer)} refused the instance with status {status:04X}; PS3.4 Table B.2-1 and its log say why", comment
+        )
 
 
 def _socket(association: Association, peer: Peer) -> socket.socket:
@@ -313,15 +358,3 @@ def _pause(association: Association) -> None:
     association._reactor_checkpoint.clear()  # noqa: SLF001 - see library.py
     while association.is_alive() and not association._is_paused:  # noqa: SLF001
         time.sleep(0.001)
-
-
-def _close(association: Association) -> None:
-    """Release, or abort what cannot be released; the association's threads have ended on return."""
-    association._reactor_checkpoint.set()  # noqa: SLF001
-    if association.is_established:
-        association.release()
-    if not association.is_released and not association.is_aborted and not association.is_rejected:
-        association.abort()
-    with contextlib.suppress(RuntimeError):  # never started: the handshake failed
-        association.join()
-    association.dul.join()

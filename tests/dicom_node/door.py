@@ -111,6 +111,11 @@ class Door:
     events: Events
     rooms: Rooms
 
+    def settle(self) -> None:
+        """Wait until no association is left."""
+        with self.events.changed:
+            assert self.events.changed.wait_for(lambda: self.scp.associations == 0, 30), "an association does not end"
+
 
 @contextmanager
 def open_door(rooms: Rooms, *, peers: Peers | None = None, **settings: object) -> Iterator[Door]:
