@@ -442,7 +442,7 @@ def test_site_and_side() -> None:
     side.CodeValue, side.CodingSchemeDesignator, side.CodeMeaning = "24028007", "SCT", "Right"
     region.AnatomicRegionModifierSequence = [side]
     site = children(groups(read(built(source=source)["summary"]))[0], "Finding Site")[0]
-    assert site.ConceptCodeSequence[0].CodingSchemeDesignator == "SCT"
+    assert (site.ConceptCodeSequence[0].CodeValue, site.ConceptCodeSequence[0].CodingSchemeDesignator) == ("14975008", "SCT")
     assert children(site, "Laterality")[0].ConceptCodeSequence[0].CodeMeaning == "Right"
     bare = draw.source(bare=True)
     assert not children(groups(read(built(source=bare)["summary"]))[0], "Finding Site")
