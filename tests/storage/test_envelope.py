@@ -206,6 +206,13 @@ def test_every_truncation_and_extension_is_refused(ring: FileKeyring) -> None:
                 open_all(ring, part)
 
 
+def test_other_format_version(ring: FileKeyring) -> None:
+    """An object of a later format says so, instead of passing for a damaged one."""
+    data, _ = seal(ring, b"pixels")
+    with pytest.raises(IntegrityError, match="a newer release"):
+        open_all(ring, data[:9] + b"\2" + data[10:])
+
+
 def test_cut_behind_the_back(ring: FileKeyring) -> None:
     """A store that gives fewer bytes than it said is caught at the read."""
     data, _ = seal(ring, bytes(3_000_000))
