@@ -21,14 +21,11 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from dicom_node.config import Settings
-from dicom_node.dimse.scp import StorageSCP, is_storage
 from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
 from dicom_node.supervisor import Supervisor, stop_on_signals, stop_with_parent
 from inference.pipeline import analysable
-from inference.pixels import pixels_equal
-from inference.report.identity import NodeIdentity, derived_uid
 from storage.archive import Archive
 from storage.audit import AuditTrail
 from storage.database import Database
@@ -42,6 +39,7 @@ from storage.work import DEFAULT_ATTEMPTS, WorkQueue
 
 if TYPE_CHECKING:
     from inference.bundle import ModelBundle
+    from inference.report import NodeIdentity
 
 log = structlog.get_logger()
 
@@ -142,7 +140,7 @@ def storage(settings: Settings) -> Iterator[StorageParts]:
         index = Index(database=database)
         audit = AuditTrail(database=database)
         attempts = {**DEFAULT_ATTEMPTS, JobKind.DELIVER: settings.delivery.attempts}
-        queue = WorkQueue(database=database, attempts=attempts, delay=growing_delay(settings))
+        queue = WorkQueue(database=database, lease_s=settings.node.lease_s, attempts=attempts, delay=growing_delay(settings))
 
         def jobs_for(summary: Summary, _origin: Origin) -> Sequence[NewJob]:
             wanted = settings.inference.enabled and analysable(summary)
@@ -164,9 +162,9 @@ def storage(settings: Settings) -> Iterator[StorageParts]:
                 inflate_bytes=settings.limits.inflate_bytes,
             ),
             jobs_for=jobs_for,
-            pixels_equal=pixels_equal,
+            pixels_equal=_pixels_equal,
             on_conflict=settings.archive.on_conflict,
-            accept_sop_class=lambda uid: is_storage(uid, unknown=settings.dimse.unknown_sop_classes),
+            accept_sop_class=partial(_accepts, unknown=settings.dimse.unknown_sop_classes),
             min_free_bytes=settings.archive.min_free_bytes,
             reach=failpoint_from_environment(os.environ),
         )
@@ -184,6 +182,22 @@ def peers_of(settings: Settings) -> Peers:
         Peer(name=peer.name, ae_title=peer.ae_title, host=peer.host, port=peer.port, accept=peer.accept, deliver=peer.deliver)
         for peer in settings.peers
     ])  # fmt: skip
+
+
+# Every process of the node imports this file; what only some of them need, or only at times, is imported where it is used, since a
+# codec or a network library costs more than the rest of a start.
+
+
+def _pixels_equal(first: bytes, second: bytes) -> bool:
+    from inference.pixels import pixels_equal  # noqa: PLC0415
+
+    return pixels_equal(first, second)
+
+
+def _accepts(sop_class_uid: str, *, unknown: bool) -> bool:
+    from dicom_node.dimse.scp import is_storage  # noqa: PLC0415
+
+    return is_storage(sop_class_uid, unknown=unknown)
 
 
 def _ensure_keys(settings: Settings) -> None:
@@ -387,6 +401,7 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
 
 def _dimse(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
     from dicom_node.dimse.receive import ReceiveLimits  # noqa: PLC0415
+    from dicom_node.dimse.scp import StorageSCP  # noqa: PLC0415
 
     def observe(event: str, **labels: Any) -> None:
         kind, _, what = event.partition(".")
@@ -491,6 +506,7 @@ def _worker(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thr
         max_pixels=settings.limits.pixels,
         max_bytes=settings.limits.object_bytes,
         reach=failpoint_from_environment(os.environ),
+        heartbeat_s=settings.node.lease_s / 3,
         wait=parts.database.changed,
         observe=observe,
     )
@@ -513,6 +529,7 @@ def _courier(settings: Settings, parts: StorageParts, metrics: Metrics, stop: th
         peers=peers_of(settings),
         sender=StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s),
         reach=failpoint_from_environment(os.environ),
+        heartbeat_s=settings.node.lease_s / 3,
         wait=parts.database.changed,
         observe=observe,
     )
@@ -522,6 +539,9 @@ def _courier(settings: Settings, parts: StorageParts, metrics: Metrics, stop: th
 
 def node_identity(parts: StorageParts) -> tuple[NodeIdentity, str]:
     """Return who we are in reports: the equipment, and the Device Observer UID, both stable for an installation (its key ring)."""
+    from inference.report import NodeIdentity  # noqa: PLC0415
+    from inference.report.identity import derived_uid  # noqa: PLC0415
+
     secret = parts.keyring.derive("installation").hex()
     uid = derived_uid("installation", secret)
     return NodeIdentity("dicom-node", "dicom-node", version("dicom-node"), uid[-16:]), uid

@@ -703,7 +703,8 @@ REFUSED = {
 """Files of the corpora that are wrong upstream, with the reason; besides these, the pictures under TINY_ALPHA, which have no pixels."""
 
 
-def _is_refused(path: str) -> bool:
+def is_refused_upstream(path: str) -> bool:
+    """Whether a file of the corpora is wrong as its authors made it."""
     return path in REFUSED or path.startswith("pydicom/test_files/dicomdirtests/TINY_ALPHA/PT000000/")
 
 
@@ -719,7 +720,8 @@ def _scan_file(data: bytes, step: int = 65_536) -> Summary:
     return scanner.finish()
 
 
-def _corpora(shared: Path) -> list[tuple[str, bytes]]:
+def corpora_files(shared: Path) -> list[tuple[str, bytes]]:
+    """Every file of the corpora: path, content."""
     root = shared / "corpora"
     lines = (root / "MANIFEST.tsv").read_text(encoding="utf-8").splitlines()[1:]
     return [(path, (root / path).read_bytes()) for path in (line.split("\t")[0] for line in lines)]
@@ -729,14 +731,14 @@ def _corpora(shared: Path) -> list[tuple[str, bytes]]:
 def test_corpora(shared: Path) -> None:
     """Every file of the corpora is accepted, but for those that are wrong upstream, each known with its reason."""
     faults = {}
-    files = _corpora(shared)
+    files = corpora_files(shared)
     for path, data in files:
         try:
             _scan_file(data)
         except (InvalidInstance, UnsupportedInstance) as error:
             faults[path] = str(error)
-    assert {path for path in faults if not _is_refused(path)} == set()
-    assert {path for path, _ in files if _is_refused(path)} - set(faults) == set()
+    assert {path for path in faults if not is_refused_upstream(path)} == set()
+    assert {path for path, _ in files if is_refused_upstream(path)} - set(faults) == set()
     assert len(files) - len(faults) == 318
 
 
@@ -746,8 +748,8 @@ def test_corpora_cut_short(shared: Path) -> None:
     chance = random.Random(20_260_101)
     survivors = []
     reasons = set()
-    for path, data in _corpora(shared):
-        if _is_refused(path):
+    for path, data in corpora_files(shared):
+        if is_refused_upstream(path):
             continue
         for cut in (chance.randrange(len(data)) for _ in range(20)):
             try:

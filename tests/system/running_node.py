@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dicom_node.config import load
+from dicom_node.node import StorageParts, storage
+
 START_S = 90.0
 
 
@@ -124,6 +127,13 @@ class RunningNode:
             if int(fields[1]) == self.process.pid and b"--role" in words:
                 found[int(entry.name)] = words[words.index(b"--role") + 1].decode()
         return found
+
+    @contextmanager
+    def parts(self) -> Iterator[StorageParts]:
+        """Its archive, opened in this process as its own processes open it."""
+        environ = {name: value for name, value in self.environ.items() if name.startswith("DICOM_NODE_")}
+        with storage(load(self.config, environ)) as parts:
+            yield parts
 
     def log_text(self) -> str:
         """Everything it logged."""
