@@ -13,6 +13,7 @@ import logging
 import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 
 from aiohttp import web
@@ -151,13 +152,26 @@ class Traffic:
         self.requests = 0
         self.closing = False
         """No new request is taken, also on connections that are open."""
+        self._idle = asyncio.Event()
+        self._idle.set()
 
-    async def end(self, within_s: float) -> None:
-        """Take no new request and wait for the running ones."""
+    def begin(self) -> None:
+        """Note that a request begins."""
+        self.requests += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        """Note that a request has ended."""
+        self.requests -= 1
+        if not self.requests:
+            self._idle.set()
+
+    async def drain(self, within_s: float) -> None:
+        """Take no new request, and wait for the running ones at most so long."""
         self.closing = True
-        deadline = asyncio.get_running_loop().time() + within_s
-        while self.requests and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
 
 
 TRANSACTION = web.RequestKey("transaction", str)
@@ -284,11 +298,11 @@ class _Door:
             origin = request.headers.get("Origin")
             if request.method == "POST" and origin is not None and not self._may_write(request, origin):
                 raise Forbidden("web pages of this origin may not store here; allow it by cors_origins")
-            self.traffic.requests += 1
+            self.traffic.begin()
             try:
                 return await handler(request)
             finally:
-                self.traffic.requests -= 1
+                self.traffic.end()
 
         return middleware
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
@@ -24,6 +25,8 @@ from storage.scan import valid_uid
 T = TypeVar("T")
 
 _HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
+_PORT = re.compile(r":[0-9]+$")
+_DEFAULT_PORTS = MappingProxyType({"http": 80, "https": 443})
 PIECE = 256 * 1024
 """Bytes that are moved between the loop and a thread at once."""
 
@@ -135,9 +138,11 @@ class Services:
         if self.trusted_proxy:
             scheme = request.headers.get("X-Forwarded-Proto", scheme).split(",")[0].strip().lower()
             host = request.headers.get("X-Forwarded-Host", host).split(",")[0].strip()
-        if not host and request.transport is not None:  # HTTP/1.0
-            name = request.transport.get_extra_info("sockname")
-            host = f"{name[0]}:{name[1]}" if isinstance(name, tuple) and ":" not in str(name[0]) else "localhost"
+        elif not _PORT.search(host) and request.transport is not None:
+            # Without a proxy the client has reached this very port, whatever its Host header leaves out (dicomweb_client sends no
+            # port, HTTP/1.0 no header at all).
+            address, port, *_ = request.transport.get_extra_info("sockname")
+            host = (host or (f"[{address}]" if ":" in address else address)) + ("" if port == _DEFAULT_PORTS.get(scheme) else f":{port}")
         if not _HOST.fullmatch(host) or scheme not in {"http", "https"}:
             raise BadRequest("the Host header is no host name")
         return f"{scheme}://{host}{self.base_path}"

@@ -195,9 +195,7 @@ def _path(levels: Sequence[_Level], tag: int) -> str:
     return "/".join([*(f"{level.tag:08X}/{level.items}" for level in levels[:-1]), f"{tag:08X}"])
 
 
-def _element(
-    data_set: DataSet, element: Element, level: _Level, url: Callable[[int], str], limits: InlineLimits, cap: int
-) -> str:
+def _element(data_set: DataSet, element: Element, level: _Level, url: Callable[[int], str], limits: InlineLimits, cap: int) -> str:
     vr = resolve_vr(element.vr, signed=level.signed)
     if vr == "UN" and (known := resolve_vr(dictionary_vr(element.tag), signed=level.signed)) != "SQ":
         # A public attribute that lost its VR on the way, in a transfer through a node that did not know it (PS3.5 6.2.2, Note 2).

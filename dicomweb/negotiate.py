@@ -19,9 +19,7 @@ IMPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2"
 EXPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN = "1.2.840.10008.1.2.1.99"
 EXPLICIT_VR_BIG_ENDIAN = "1.2.840.10008.1.2.2"
-UNCOMPRESSED = frozenset(
-    {IMPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_LITTLE_ENDIAN, DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_BIG_ENDIAN}
-)
+UNCOMPRESSED = frozenset({IMPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_LITTLE_ENDIAN, DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN, EXPLICIT_VR_BIG_ENDIAN})
 """Syntaxes whose pixel data are native: every one converts to Explicit VR Little Endian without a codec."""
 
 DICOM_JSON = "application/dicom+json"
@@ -228,9 +226,7 @@ _IMAGE_TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (110, 111, 112)), ("image/jxl",)),
         **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in (201, 202, 203)), ("image/jphc",)),
         **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}" for number in ("100", "100.1", "101", "101.1")), ("video/mpeg2",)),
-        **dict.fromkeys(
-            (f"1.2.840.10008.1.2.4.{number}{variant}" for number in range(102, 107) for variant in ("", ".1")), ("video/mp4",)
-        ),
+        **dict.fromkeys((f"1.2.840.10008.1.2.4.{number}{variant}" for number in range(102, 107) for variant in ("", ".1")), ("video/mp4",)),
         **dict.fromkeys(("1.2.840.10008.1.2.4.107", "1.2.840.10008.1.2.4.108"), ("video/mp4",)),
         "1.2.840.10008.1.2.5": ("image/dicom-rle", "image/x-dicom-rle"),
     }

@@ -206,6 +206,8 @@ def answer(match: Match, level: Level, top: Level, parameters: Parameters, base:
     keywords |= dict.fromkeys(keyword for keyword in parameters.include if _available(keyword, level))
     texts = {keyword: known.get(keyword, ()) for keyword in keywords}
     texts["InstanceAvailability"] = ("ONLINE",)
+    if "ModalitiesInStudy" in texts and not texts["ModalitiesInStudy"]:
+        texts["ModalitiesInStudy"] = ("OT",)  # computed; viewers' study lists break without a value
     study, series, instance = (known.get(name, ("",))[0] for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"))
     url = instance_url(base, study, series if level is not Level.STUDY else "", instance if level is Level.INSTANCE else "")
     result = {f"{tag_for_keyword(keyword):08X}": json_value(keyword, values) for keyword, values in texts.items()}

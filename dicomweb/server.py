@@ -87,7 +87,7 @@ class Serving:
         """Take no new connection, let running requests end within the drain time, then close."""
         self._server.close()
         # aiohttp's own shutdown stops reading at once, so that an upload could never end: wait first.
-        await self._app[TRAFFIC].end(self._drain_s)
+        await self._app[TRAFFIC].drain(self._drain_s)
         await self._runner.cleanup()
 
 

@@ -313,9 +313,7 @@ class Store:
             raise TooLarge(f"the body is longer than {services.limits.body_bytes} bytes; send the instances in several requests")
         if self._uploads >= services.limits.uploads:
             raise Busy(f"{services.limits.uploads} uploads are running; try again later")
-        origin = Origin(
-            door="dicomweb", received_at=services.clock(), address=request.remote or "", called_ae_title=services.node_ae_title
-        )
+        origin = Origin(door="dicomweb", received_at=services.clock(), address=request.remote or "", called_ae_title=services.node_ae_title)
         session = StoreSession(
             receive=services.archive.receive,
             origin=origin,

@@ -163,9 +163,7 @@ class Retrieve:
         wanted = list(range(1, pixels.frames + 1)) if numbers is None else numbers
         if max(wanted) > pixels.frames:
             raise NotFound(f"the instance has {pixels.frames} frame(s)")
-        plan = plan_octets(
-            accepted(request), record.summary.transfer_syntax_uid, encapsulated=pixels.encapsulated, single=len(wanted) == 1
-        )
+        plan = plan_octets(accepted(request), record.summary.transfer_syntax_uid, encapsulated=pixels.encapsulated, single=len(wanted) == 1)
         contents: list[Callable[[DataSet], Iterator[bytes]]]
         if pixels.encapsulated:
             contents = [

@@ -107,7 +107,13 @@ class Door:
         return f"http://127.0.0.1:{self.port}/dicomweb"
 
     def request(
-        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes | Iterable[bytes] | None = None, raw: bool = False
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | Iterable[bytes] | None = None,
+        raw: bool = False,
     ) -> Answer:
         """Send one request; `path` begins after the base path and is sent as it is, or from the root if `raw`."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)

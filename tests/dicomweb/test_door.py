@@ -30,11 +30,11 @@ Doors = Callable[..., Door]
 @pytest.mark.parametrize(
     "path",
     [
-        "/dicomweb/studies/%00", "/dicomweb/studies/1.2%00", "/dicomweb/studies/..", "/dicomweb/studies/%2e%2e/x", "/dicomweb/studies/%2e%2e%2fetc",
+        "/dicomweb/studies/%00", "/dicomweb/studies/1.2%00", "/dicomweb/studies/..", "/dicomweb/studies/%2e%2e/x", "/dicomweb/studies/%2e%2e%2fetc",  # noqa: E501
         "/dicomweb//studies", "/dicomweb/studies/", "/dicomweb/studies/%252e%252e", "/dicomweb/studies/1.2/series/%2E%2E/instances",
-        "/dicomweb/studies/..%5c..%5c", "/dicomweb/../../etc/passwd", "/dicomweb/studies/1.2.3%0d%0aX-Injected:%20yes", "/dicomweb/studies/" + "1" * 65,
-        "/dicomweb/studies/%F0%9F%92%A9", "/dicomweb/studies/1.2.3/series/../../..", "/", "/dicomweb", "/dicomweb/nothing", "/dicomweb/studies/1.2/x",
-        "/dicomweb/studies/1.2/series/1.3/instances/1.4/rendered", "/dicomweb/studies/1%2e2/../metadata", "/etc/passwd", "/dicomweb/studies/*",
+        "/dicomweb/studies/..%5c..%5c", "/dicomweb/../../etc/passwd", "/dicomweb/studies/1.2.3%0d%0aX-Injected:%20yes", "/dicomweb/studies/" + "1" * 65,  # noqa: E501
+        "/dicomweb/studies/%F0%9F%92%A9", "/dicomweb/studies/1.2.3/series/../../..", "/", "/dicomweb", "/dicomweb/nothing", "/dicomweb/studies/1.2/x",  # noqa: E501
+        "/dicomweb/studies/1.2/series/1.3/instances/1.4/rendered", "/dicomweb/studies/1%2e2/../metadata", "/etc/passwd", "/dicomweb/studies/*",  # noqa: E501
     ],
 )  # fmt: skip
 def test_paths(door: Door, path: str) -> None:
@@ -79,13 +79,24 @@ def test_origins(doors: Doors) -> None:
     viewer, foreign = "https://viewer.example", "https://evil.example"
     door = doors(cors_origins=(viewer,))
     sample = photograph()
-    for answer in (door.get("/studies", Origin=viewer), door.get("/nothing", Origin=viewer), door.request("OPTIONS", "/studies", headers={"Origin": viewer, **PREFLIGHT})):
+    for answer in (
+        door.get("/studies", Origin=viewer),
+        door.get("/nothing", Origin=viewer),
+        door.request("OPTIONS", "/studies", headers={"Origin": viewer, **PREFLIGHT}),
+    ):
         assert answer.headers["access-control-allow-origin"] == viewer
         assert answer.headers["access-control-allow-credentials"] == "true"
         assert "Origin" in answer.headers["vary"]
         assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
-    assert "content-type" in door.request("OPTIONS", "/studies", headers={"Origin": viewer, **PREFLIGHT}).headers["access-control-allow-headers"].lower()
-    for answer in (door.get("/studies", Origin=foreign), door.request("OPTIONS", "/studies", headers={"Origin": foreign, **PREFLIGHT}), door.get("/studies")):
+    assert (
+        "content-type"
+        in door.request("OPTIONS", "/studies", headers={"Origin": viewer, **PREFLIGHT}).headers["access-control-allow-headers"].lower()
+    )
+    for answer in (
+        door.get("/studies", Origin=foreign),
+        door.request("OPTIONS", "/studies", headers={"Origin": foreign, **PREFLIGHT}),
+        door.get("/studies"),
+    ):
         assert "access-control-allow-origin" not in answer.headers
     assert door.store(file_of(sample), headers={"Origin": foreign}).problem["status"] == 403
     assert door.get(path_of(sample)).status == 404
@@ -107,13 +118,13 @@ def test_origins(doors: Doors) -> None:
     b"GET /dicomweb/studies HTTP/1.1\r\nBad Header: x\r\n\r\n", b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: h\r\n\r\n",
     b"GET /dicomweb/studies HTTP/1.1\r\nHost: h\r\nX: " + b"a" * 20_000 + b"\r\n\r\n",
     b"GET /dicomweb/studies HTTP/1.1\r\nHost: h\r\n" + b"".join(b"X%d: a\r\n" % number for number in range(500)) + b"\r\n",
-    b"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n", b"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Length: x\r\n\r\n",
+    b"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n", b"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Length: x\r\n\r\n",  # noqa: E501
     b"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    b"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/related; type=application/dicom; boundary=b\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    b"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: multipart/related; type=application/dicom; boundary=b\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",  # noqa: E501
     b"GET /dicomweb/studies HTTP/9.9\r\n\r\n", b"\r\n\r\n\0\0\0\0",
 ])  # fmt: skip
 def test_what_is_no_http(door: Door, head: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """Malformed or oversized request heads and bodies get a clean refusal of the 400 class or a closed connection, nothing echoed, no traceback."""
+    """Malformed or oversized request heads and bodies get a clean refusal of the 400 class or a closed connection, nothing echoed, no traceback."""  # noqa: E501
     with socket.create_connection(("127.0.0.1", door.port)) as connection:
         connection.settimeout(20)
         connection.sendall(head)
@@ -160,7 +171,9 @@ def test_too_many_requests(doors: Doors) -> None:
     door = doors(limits=WebLimits(requests=1))
     body = multipart([file_of(photograph())])
     with socket.create_connection(("127.0.0.1", door.port)) as connection:
-        connection.sendall(f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+        connection.sendall(
+            f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n".encode()  # noqa: E501
+        )
         for _ in range(200):
             answer = door.get("/studies")
             if answer.status == 503:
@@ -243,7 +256,9 @@ async def test_shutdown_lets_requests_end(tmp_path: Path) -> None:
     port = serving.address[1]
     body = multipart([file_of(photograph())])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+    writer.write(
+        f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n".encode()  # noqa: E501
+    )
     writer.write(body[:300])
     async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/dicomweb/studies") as response:
         assert response.status == 200

@@ -161,7 +161,9 @@ def test_frames_are_never_recoded(accept: str, stored: str) -> None:
 def test_an_encapsulated_document_has_its_own_type() -> None:
     """The comma list that a viewer sends for a PDF gets the PDF."""
     accept = 'multipart/related; type="application/pdf", multipart/related; type="application/octet-stream"'
-    assert plan_octets(parse_accept(accept), LE, encapsulated=False, single=True, own_type="application/pdf").content_type == "application/pdf"
+    assert (
+        plan_octets(parse_accept(accept), LE, encapsulated=False, single=True, own_type="application/pdf").content_type == "application/pdf"
+    )
 
 
 @given(st.text(max_size=60))
@@ -170,4 +172,4 @@ def test_any_header_is_read_or_refused(text: str) -> None:
     try:
         parse_accept(text)
     except BadRequest as error:
-        assert error.detail
+        assert error.detail  # noqa: PT017

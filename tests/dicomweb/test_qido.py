@@ -24,10 +24,10 @@ DERMOSCOPIC = "1.2.840.10008.5.1.4.1.1.77.1.4.1"
 
 def instance(study: str, series: int, number: int, *, sop_class: str = VL_PHOTOGRAPHIC, **values: str) -> bytes:
     """Write one small photograph as a file; `values` by keyword replace the usual ones."""
-    vrs = {"PatientName": (0x00100010, "PN"), "PatientID": (0x00100020, "LO"), "StudyDate": (0x00080020, "DA"), "StudyTime": (0x00080030, "TM"),
+    vrs = {"PatientName": (0x00100010, "PN"), "PatientID": (0x00100020, "LO"), "StudyDate": (0x00080020, "DA"), "StudyTime": (0x00080030, "TM"),  # noqa: E501
            "AccessionNumber": (0x00080050, "SH"), "StudyDescription": (0x00081030, "LO"), "Modality": (0x00080060, "CS"),
            "SeriesDescription": (0x0008103E, "LO"), "SeriesNumber": (0x00200011, "IS"), "InstanceNumber": (0x00200013, "IS"),
-           "PatientBirthDate": (0x00100030, "DA"), "ReferringPhysicianName": (0x00080090, "PN"), "BodyPartExamined": (0x00180015, "CS")}  # fmt: skip
+           "PatientBirthDate": (0x00100030, "DA"), "ReferringPhysicianName": (0x00080090, "PN"), "BodyPartExamined": (0x00180015, "CS")}  # fmt: skip  # noqa: E501
     usual = {"Modality": "XC", "SeriesNumber": str(series), "InstanceNumber": str(number)}
     sop = f"{study}.{series}.{number}"
     elements = [text(0x00080005, "CS", "ISO_IR 192"), text(0x00080016, "UI", sop_class), text(0x00080018, "UI", sop),
@@ -147,7 +147,9 @@ def test_series_and_instances(clinic: Door, path: str, tag: str, found: str) -> 
     assert uids(clinic.get(path), tag) == found.split()
 
 
-STUDY = "00080020 00080030 00080050 00080056 00080061 00080090 00081190 00100010 00100020 00100030 00100040 0020000D 00200010 00201206 00201208"
+STUDY = (
+    "00080020 00080030 00080050 00080056 00080061 00080090 00081190 00100010 00100020 00100030 00100040 0020000D 00200010 00201206 00201208"
+)
 SERIES = "00080060 0008103E 00081190 0020000E 00200011 00201209 00400244 00400245 00400275"
 INSTANCE = "00080016 00080018 00080056 00081190 00200013 00280010 00280011 00280100"
 
@@ -293,5 +295,4 @@ def test_any_parameter_is_read_or_refused(name: str, value: str) -> None:
         try:
             parse_parameters([raw], maximum=10)
         except BadRequest as error:
-            assert error.detail
-
+            assert error.detail  # noqa: PT017

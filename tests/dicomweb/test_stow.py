@@ -141,8 +141,15 @@ def test_shapes_of_a_body(door: Door) -> None:
     heads = [b"", b"content-type:application/dicom;transfer-syntax=1.2.840.10008.1.2.1\r\nContent-Location: x/y\r\nContent-Length: 5\r\n",
              b"CONTENT-TYPE: Application/DICOM\r\n"]  # fmt: skip
     body = b"This is a message in MIME format.\r\n"
-    body += b"".join(multipart([file_of(sample)], head=head).removesuffix(b"--boundary--\r\n") for sample, head in zip(samples, heads, strict=True))
-    answer = door.request("POST", "/studies", headers={"Content-Type": MULTIPART.format("boundary")}, body=body + b"--boundary--\r\nepilogue\r\n--boundary\r\n")
+    body += b"".join(
+        multipart([file_of(sample)], head=head).removesuffix(b"--boundary--\r\n") for sample, head in zip(samples, heads, strict=True)
+    )
+    answer = door.request(
+        "POST",
+        "/studies",
+        headers={"Content-Type": MULTIPART.format("boundary")},
+        body=body + b"--boundary--\r\nepilogue\r\n--boundary\r\n",
+    )
     assert answer.status == 200
     assert references(answer.json) == [sample.sop_instance_uid for sample in samples]
 
@@ -172,7 +179,10 @@ def test_chunked_bodies(door: Door, size: int) -> None:
     samples = [photograph(), photograph(rows=200, columns=200)]
     body = multipart(map(file_of, samples[: 1 if size < 100 else 2]))
     answer = door.request(
-        "POST", "/studies", headers={"Content-Type": MULTIPART.format("boundary")}, body=(body[at : at + size] for at in range(0, len(body), size))
+        "POST",
+        "/studies",
+        headers={"Content-Type": MULTIPART.format("boundary")},
+        body=(body[at : at + size] for at in range(0, len(body), size)),
     )
     assert answer.status == 200
     assert references(answer.json) == [sample.sop_instance_uid for sample in samples[: 1 if size < 100 else 2]]
@@ -240,7 +250,9 @@ def test_a_client_that_hangs_up(doors: Doors) -> None:
     door = doors()
     whole, cut = photograph(), photograph(rows=900, columns=1000)
     body = multipart([file_of(whole), file_of(cut)])
-    head = f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     for sent in (len(body) // 2, len(body) - 5):
         with socket.create_connection(("127.0.0.1", door.port)) as connection:
             connection.sendall(head.encode() + body[:sent])
@@ -262,14 +274,16 @@ def eventually(condition: Callable[[], bool]) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     body=st.one_of(st.binary(max_size=400), st.lists(st.sampled_from(
-        [b"--b", b"--", b"\r\n", b"\r\n\r\n", b"Content-Type: application/dicom", b"\0" * 128 + b"DICM", b"\2\0\0\0UL\4\0\xff\xff\xff\xff", b"x"]),
+        [b"--b", b"--", b"\r\n", b"\r\n\r\n", b"Content-Type: application/dicom", b"\0" * 128 + b"DICM", b"\2\0\0\0UL\4\0\xff\xff\xff\xff", b"x"]),  # noqa: E501
         max_size=14).map(b"".join)),
     closed=st.booleans(),
 )  # fmt: skip
 def test_hostile_bodies(door: Door, body: bytes, closed: bool) -> None:
     """Whatever the body, the answer is of the 400 class, typed, and nothing is left behind."""
     before = door.house.objects()
-    answer = door.request("POST", "/studies", headers={"Content-Type": MULTIPART.format("b")}, body=body + (b"\r\n--b--" if closed else b""))
+    answer = door.request(
+        "POST", "/studies", headers={"Content-Type": MULTIPART.format("b")}, body=body + (b"\r\n--b--" if closed else b"")
+    )
     assert answer.status in {400, 409, 413}
     assert answer.headers["content-type"] in {"application/dicom+json", "application/problem+json"}
     json.loads(answer.body)
@@ -291,7 +305,10 @@ def test_limits(doors: Doors) -> None:
     chunked = door.request("POST", "/studies", headers={"Content-Type": MULTIPART.format("boundary")}, body=iter([multipart([big])]))
     assert chunked.status == 413
     long = door.request(
-        "POST", "/studies", headers={"Content-Type": MULTIPART.format("boundary")}, body=multipart([b"x"], head=b"A: " + b"a" * 300 + b"\r\n")
+        "POST",
+        "/studies",
+        headers={"Content-Type": MULTIPART.format("boundary")},
+        body=multipart([b"x"], head=b"A: " + b"a" * 300 + b"\r\n"),
     )
     assert long.status == 413
     assert door.house.landing_files() == []
@@ -320,7 +337,9 @@ def test_no_room(doors: Doors) -> None:
 def test_deadlines(doors: Doors) -> None:
     """A body that pauses or trickles is answered 408 at the deadline, though each byte came in time."""
     door = doors(limits=WebLimits(receive_s=1.0, idle_s=0.6))
-    head = f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('b')}\r\nContent-Length: 100000\r\n\r\n--b\r\n\r\n"
+    head = (
+        f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('b')}\r\nContent-Length: 100000\r\n\r\n--b\r\n\r\n"
+    )
 
     def trickle(pause: float) -> bytes:
         with socket.create_connection(("127.0.0.1", door.port)) as connection:
@@ -346,7 +365,9 @@ def test_too_many_uploads(doors: Doors) -> None:
     """One upload more than allowed gets 503 with Retry-After, and the running one is not disturbed."""
     door = doors(limits=WebLimits(uploads=1))
     body = multipart([file_of(photograph())])
-    head = f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nContent-Type: {MULTIPART.format('boundary')}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", door.port)) as connection:
         connection.sendall(head.encode() + body[:100])
         for _ in range(100):
@@ -384,9 +405,10 @@ async def test_memory_is_bounded(door: Door) -> None:
 
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    async with aiohttp.ClientSession() as session, session.post(
-        f"{door.base}/studies", data=body(), headers={"Content-Type": MULTIPART.format("b")}
-    ) as response:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{door.base}/studies", data=body(), headers={"Content-Type": MULTIPART.format("b")}) as response,
+    ):
         answer = await response.json(content_type="application/dicom+json")
     assert response.status == 200, answer
     assert len(references(answer)) == 2
@@ -406,7 +428,9 @@ async def test_another_client_is_served_meanwhile(door: Door) -> None:
         yield whole[500:]
 
     async with aiohttp.ClientSession() as session:
-        upload = asyncio.create_task(session.post(f"{door.base}/studies", data=body(), headers={"Content-Type": MULTIPART.format("boundary")}))
+        upload = asyncio.create_task(
+            session.post(f"{door.base}/studies", data=body(), headers={"Content-Type": MULTIPART.format("boundary")})
+        )
         for _ in range(5):
             async with session.get(f"{door.base}/studies?limit=1") as response:
                 assert response.status == 200
@@ -428,7 +452,7 @@ def test_many_small_chunks_cost_linear_time(door: Door) -> None:
 
     with socket.create_connection(("127.0.0.1", door.port)) as connection:
         connection.sendall(
-            f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Type: {MULTIPART.format('boundary')}\r\n\r\n".encode()
+            f"POST /dicomweb/studies HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\nContent-Type: {MULTIPART.format('boundary')}\r\n\r\n".encode()  # noqa: E501
         )
         for piece in single():
             connection.sendall(piece)
