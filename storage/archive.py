@@ -57,6 +57,8 @@ __all__ = ["Archive", "Intake", "NewReport", "OnConflict", "StoredInstance"]
 OnConflict = Literal["quarantine", "refuse"]
 
 _log = logging.getLogger(__name__)
+_LOOK_FIRST = 256 * 1024
+"""Above so many bytes, and for every remote store, a look into the index costs less than storing a duplicate in vain."""
 
 
 class _Decision(Enum):
@@ -186,21 +188,20 @@ class Archive:
     def _admit(self, record: InstanceRecord, file: LandingFile) -> Receipt:
         """Store and index what was sealed, or find that it is here already. The database's transaction has the last word."""
         summary = record.summary
-        compared: dict[str, bool] = {}  # digest of an archived instance of this UID -> is it the same picture?
+        settled: dict[str, bool] = {}  # object key of an archived instance of this UID -> is the new one its duplicate?
         stored = False
-        while True:
-            # Looked up first to save the store's work; a sender of the same instance may come between, so it is looked up again below.
+        known: InstanceRecord | None = None
+        if self._store.remote or record.sealed.byte_count > _LOOK_FIRST:
             known = self._known(summary.sop_instance_uid)
-            if known is not None and known.summary.sha256 != summary.sha256 and known.summary.sha256 not in compared:
-                compared[known.summary.sha256] = self._same_picture(known, record, file, stored=stored)
-            duplicate = known is not None and (known.summary.sha256 == summary.sha256 or compared[known.summary.sha256])
-            if duplicate and known is not None:
-                self._require_object(known)
-            elif not stored:
+        while True:
+            if known is not None and known.sealed.object_key not in settled:
+                # Should this raise over a lost object, what was just stored may be the last copy: it stays, without a row.
+                settled[known.sealed.object_key] = self._is_duplicate(known, record, file, stored=stored)
+            if not stored and not (known is not None and settled[known.sealed.object_key]):
                 self._put(record, file)
                 stored = True
             try:
-                decision = self._database.write(partial(self._decide, record=record, compared=compared, stored=stored))
+                decision, known = self._database.write(partial(self._decide, record=record, settled=settled, stored=stored))
             except ConflictingInstance as error:
                 self._set_aside(record, file, error, stored=stored)
                 raise
@@ -219,26 +220,31 @@ class Archive:
                 sha256=summary.sha256,
             )
 
-    def _decide(self, connection: Connection, *, record: InstanceRecord, compared: Mapping[str, bool], stored: bool) -> _Decision:
-        """Commit 1: decide what the instance is and write what follows, all in one transaction. ConflictingInstance writes nothing."""
+    def _decide(
+        self, connection: Connection, *, record: InstanceRecord, settled: Mapping[str, bool], stored: bool
+    ) -> tuple[_Decision, InstanceRecord | None]:
+        """Commit 1: decide what the instance is and write what follows, all in one transaction.
+
+        AGAIN, with the archived instance of this UID, when that has to be compared first; it writes nothing. So does ConflictingInstance.
+        """
         self._reach("index.begin")
         summary = record.summary
         known = self._index.find_in(connection, summary.sop_instance_uid)
         if known is None:
             if not stored:
-                return _Decision.AGAIN
+                return _Decision.AGAIN, None
             self._index.add(connection, record)
             for job in self._jobs_for(summary, record.origin):
                 self._queue.enqueue(connection, job)
             self._audit.append(connection, _event_of("instance.received", record))
             self._reach("index.written")
-            return _Decision.STORED
-        digest = known.summary.sha256
-        if digest == summary.sha256 or compared.get(digest, False):
+            return _Decision.STORED, None
+        duplicate = settled.get(known.sealed.object_key)
+        if duplicate is None or not (duplicate or stored):
+            return _Decision.AGAIN, known
+        if duplicate:
             self._audit.append(connection, _event_of("instance.duplicate", record))
-            return _Decision.DUPLICATE
-        if digest not in compared or not stored:
-            return _Decision.AGAIN
+            return _Decision.DUPLICATE, known
         fate = "is kept in quarantine; an operator decides" if self._on_conflict == "quarantine" else "was dropped, as configured"
         raise ConflictingInstance(f"an instance of this SOP Instance UID and other content is archived; this one {fate}")
 
@@ -279,10 +285,16 @@ class Archive:
         with self._database.read() as connection:
             return self._index.find_in(connection, sop_instance_uid)
 
+    def _is_duplicate(self, known: InstanceRecord, record: InstanceRecord, file: LandingFile, *, stored: bool) -> bool:
+        """Tell whether `record` says nothing that `known` does not; IntegrityError when the object of `known` is lost."""
+        if known.summary.sha256 != record.summary.sha256:
+            return self._same_picture(known, record, file, stored=stored)
+        self._require_object(known)
+        return True
+
     def _require_object(self, known: InstanceRecord) -> None:
         """Look that the object of an archived instance is there and whole in length, before a duplicate is answered with success."""
-        reader = self._open_object(known)
-        reader.close()
+        self._open_object(known).close()
 
     def _same_picture(self, known: InstanceRecord, record: InstanceRecord, file: LandingFile, *, stored: bool) -> bool:
         if (

@@ -66,6 +66,11 @@ class ObjectReader(Protocol):
 class ObjectStore(Protocol):
     """A place for sealed objects."""
 
+    @property
+    def remote(self) -> bool:
+        """Whether every ``put`` is a journey, so that one in vain is worth avoiding."""
+        ...
+
     def put(self, object_key: str, landing_file: Path, sealed: SealedObject) -> None:
         """Store a landing file whose bytes are already flushed, and consume it.
 
@@ -112,6 +117,8 @@ class DirectoryStore:
     ``put`` is a link and an unlink, not a copy: landing files must lie on the same file system. A link never replaces
     an object that is there, which a rename would do.
     """
+
+    remote = False
 
     def __init__(self, root: Path, *, reach: Callable[[str], None] = unarmed) -> None:
         self._root = root
@@ -295,6 +302,8 @@ class S3Store:
     pause
         Waits before the n-th repetition of a reading (the upload's own are botocore's).
     """
+
+    remote = True
 
     def __init__(
         self,
