@@ -1,6 +1,7 @@
 """A laboratory over seeded bundles whose gates open and shut as told, for tests of the pipeline and of the worker.
 
-As a program it takes one job of a house, for tests that kill it: ``python -m tests.inference.laboratory HOUSE BUNDLES``.
+As a program it forks a child for each failpoint, which takes the job of a house of that name and is killed there:
+``python -m tests.inference.laboratory BUNDLES FOLDER POINT...`` (one start of torch for all of them).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from inference.pipeline import Pipeline
 from inference.report import NodeIdentity, build_reports
 from inference.runner import ModelRunner
 from inference.worker import Worker
-from storage.failpoints import failpoint_from_environment, unarmed
+from storage.failpoints import VARIABLE, failpoint_from_environment, unarmed
 from storage.records import Receipt
 from storage.work import WorkQueue
 from tests.inference.models import write_bundle
@@ -103,10 +104,18 @@ def worker_of(
     )
 
 
+def _work_until(point: str, folder: Path, pipeline: Pipeline) -> None:
+    armed = failpoint_from_environment({VARIABLE: f"{point}:1"})
+    opened = build(folder, reach=armed)
+    worker_of(opened, pipeline, reach=armed).work_once()
+
+
 if __name__ == "__main__":
-    armed = failpoint_from_environment(os.environ)
-    opened = build(Path(sys.argv[1]), reach=armed)
-    try:
-        worker_of(opened, pipeline_of(Path(sys.argv[2])), reach=armed).work_once()
-    finally:
-        opened.close()
+    shared_pipeline = pipeline_of(Path(sys.argv[1]))
+    for killed_at in sys.argv[3:]:
+        child = os.fork()
+        if child == 0:
+            _work_until(killed_at, Path(sys.argv[2]) / killed_at, shared_pipeline)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(killed_at, status)  # noqa: T201 - read by the test

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from pydicom.dataset import Dataset
 
 from inference.records import ImageAnalysis, Report, ReportContext
 from inference.worker import Worker
-from storage.failpoints import VARIABLE
 from storage.records import Job, JobKind, JobState, Origin, ReportRecord
 from storage.work import WorkQueue
 from tests.inference import pictures
@@ -261,27 +259,44 @@ def test_a_new_model_replaces_the_report_and_names_it(house: House, bundles: Pat
     assert len([report for report in house.index.reports_of(uid) if report.kind == "summary"]) == 2
 
 
-@pytest.mark.parametrize(
-    "point", ["analyse.claimed", "analyse.decoded", "analyse.predicted", "report.stored", "conclude.written", "conclude.committed"]
+POINTS = (
+    "analyse.claimed",
+    "analyse.decoded",
+    "analyse.predicted",
+    "report.built",
+    "report.stored",
+    "conclude.written",
+    "conclude.committed",
 )
-def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path, bundles: Path, point: str) -> None:
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, bundles: Path) -> Path:
+    """Make a house for each failpoint, in which a worker was killed there."""
+    folder = tmp_path_factory.mktemp("killed")
+    for point in POINTS:
+        opened = build(folder / point)
+        ingest(opened, photograph())
+        opened.close()
+    command = [sys.executable, "-m", "tests.inference.laboratory", str(bundles), str(folder), *POINTS]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [word for point in POINTS for word in (point, str(-signal.SIGKILL))]
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_worker_loses_and_doubles_nothing(killed: Path, bundles: Path, point: str) -> None:
     """SIGKILL at any step: the next worker takes the job when the lease has run out, and there is one report of each kind."""
-    folder = tmp_path / "house"
-    first = build(folder)
-    uid = ingest(first, photograph()).sop_instance_uid
-    first.close()
-    environment = {**os.environ, VARIABLE: f"{point}:1"}
-    killed = subprocess.run([sys.executable, "-m", "tests.inference.laboratory", str(folder), str(bundles)], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    second = build(folder)
+    opened = build(killed / point)
     try:
-        assert job_of(second, uid).state is (JobState.DONE if point == "conclude.committed" else JobState.CLAIMED)
-        assert worker_of(second, pipeline_of(bundles), queue=later(second)).work_once() == (point != "conclude.committed")
-        assert job_of(second, uid).state is JobState.DONE
-        assert set(reports_of(second, uid)) == {"summary", "findings", "segmentation"}
-        assert second.actions().count("analysis.concluded") == 1
+        uid = pydicom.dcmread(BytesIO(photograph())).SOPInstanceUID
+        assert job_of(opened, uid).state is (JobState.DONE if point == "conclude.committed" else JobState.CLAIMED)
+        assert worker_of(opened, pipeline_of(bundles), queue=later(opened)).work_once() == (point != "conclude.committed")
+        assert job_of(opened, uid).state is JobState.DONE
+        assert set(reports_of(opened, uid)) == {"summary", "findings", "segmentation"}
+        assert opened.actions().count("analysis.concluded") == 1
     finally:
-        second.close()
+        opened.close()
 
 
 def test_it_works_until_told_to_stop(house: House, bundles: Path) -> None:
