@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import structlog
 from pydicom._uid_dict import UID_dictionary
 from pynetdicom import AE
-from pynetdicom._globals import ALL_TRANSFER_SYNTAXES, DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
+from pynetdicom._globals import DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
 from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE
@@ -34,6 +34,7 @@ from dicom_node.dimse.message import ProtocolViolation, StoreRequest
 from dicom_node.dimse.receive import ReceiveLimits, UpperLayer, unobserved
 from dicom_node.peers import Peer, Peers, normal_address
 from storage.errors import MismatchedInstance, StorageError
+from storage.iod import TRANSFER_SYNTAXES
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from storage.records import Announced, Origin
 
@@ -215,7 +216,7 @@ class StorageSCP:
         return None
 
     def supported(self, proposed: list[PresentationContext]) -> list[PresentationContext]:
-        """Return what to support of the proposed contexts: each storage class, with every transfer syntax the library knows.
+        """Return what to support of the proposed contexts: each storage class, with every syntax that can be stored, retired ones too.
 
         In the proposer's order: the library takes the acceptor's first syntax that was proposed, thus the proposer's own first choice.
         """
@@ -224,7 +225,7 @@ class StorageSCP:
             abstract_syntax = str(context.abstract_syntax)
             if is_storage(abstract_syntax, unknown=self._unknown_sop_classes):
                 wanted.setdefault(abstract_syntax, []).extend(
-                    syntax for syntax in context.transfer_syntax if syntax in ALL_TRANSFER_SYNTAXES
+                    syntax for syntax in context.transfer_syntax if syntax in TRANSFER_SYNTAXES
                 )
         supported = [build_context(abstract, list(dict.fromkeys(syntaxes))) for abstract, syntaxes in wanted.items() if syntaxes]
         return [build_context(VERIFICATION, DEFAULT_TRANSFER_SYNTAXES), *supported]

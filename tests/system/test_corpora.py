@@ -18,8 +18,10 @@ from dicom_node.sending import scan
 from storage.errors import StorageError
 from storage.part10 import Part10Parser, part10_prefix
 from storage.records import Summary
+from tests.dicom_node.door import open_door, open_rooms
+from tests.dicomweb import door as web_door
 from tests.storage.test_scan import corpora_files, is_refused_upstream
-from tests.system.running_node import RunningNode, running_node
+from tests.system.running_node import running_node
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
@@ -70,9 +72,9 @@ def rounds(pieces: list[Piece]) -> list[list[Piece]]:
     return [members for _, _, members in shared_out]
 
 
-def c_store(node: RunningNode, pieces: list[Piece]) -> list[object]:
+def c_store(port: int, pieces: list[Piece]) -> list[object]:
     """Send as one C-STORE SCU; the outcome of each."""
-    peer = Peer(name="node", ae_title="DERM_NODE", host="127.0.0.1", port=node.dimse_port)
+    peer = Peer(name="node", ae_title="DERM_NODE", host="127.0.0.1", port=port)
     scu = StorageSCU(ae_title="CORPORA", answer_s=60)
     outcomes: list[object] = []
     while len(outcomes) < len(pieces):
@@ -83,7 +85,7 @@ def c_store(node: RunningNode, pieces: list[Piece]) -> list[object]:
     return outcomes
 
 
-def stow(node: RunningNode, piece: Piece) -> tuple[int, int]:
+def stow(port: int, piece: Piece) -> tuple[int, int]:
     """POST one instance; status and Failure Reason (0 when stored, -1 without one)."""
     summary = piece.summary
     prefix = part10_prefix(
@@ -91,7 +93,7 @@ def stow(node: RunningNode, piece: Piece) -> tuple[int, int]:
     )
     body = b"--corpora\r\nContent-Type: application/dicom\r\n\r\n" + prefix + piece.data + b"\r\n--corpora--\r\n"
     headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=corpora', "Accept": "application/dicom+json"}
-    connection = http.client.HTTPConnection("127.0.0.1", node.web_port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("POST", "/dicomweb/studies", body=body, headers=headers)
         response = connection.getresponse()
@@ -106,10 +108,10 @@ def stow(node: RunningNode, piece: Piece) -> tuple[int, int]:
     return response.status, -1
 
 
-def fetched(node: RunningNode, summary: Summary) -> bytes:
+def fetched(port: int, summary: Summary) -> bytes:
     """Retrieve an instance as stored; its data set bytes."""
     path = f"/dicomweb/studies/{summary.study_instance_uid}/series/{summary.series_instance_uid}/instances/{summary.sop_instance_uid}"
-    connection = http.client.HTTPConnection("127.0.0.1", node.web_port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("GET", path, headers={"Accept": f'application/dicom; transfer-syntax="{summary.transfer_syntax_uid}"'})
         response = connection.getresponse()
@@ -132,25 +134,27 @@ def resident(process_id: int) -> int:
     raise AssertionError("no VmRSS")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_intact_files_are_kept_bit_exact(shared: Path, tmp_path: Path) -> None:
     """Half of them by C-STORE, half by STOW-RS, the other way about in the next round; each comes back as it was sent."""
     for number, members in enumerate(rounds(whole_pieces(shared))):
-        with running_node(tmp_path / str(number), environ={"DICOM_NODE_INFERENCE__ENABLED": "false"}) as node:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rooms = open_rooms(folder)
+        with open_door(rooms) as dimse, web_door.Door(rooms) as web:
             by_dimse, by_web = members[number % 2 :: 2], members[1 - number % 2 :: 2]
-            for piece, outcome in zip(by_dimse, c_store(node, by_dimse), strict=True):
+            for piece, outcome in zip(by_dimse, c_store(dimse.port, by_dimse), strict=True):
                 assert outcome == Stored(0), (piece.summary.sop_instance_uid, outcome)
             for piece in by_web:
-                assert stow(node, piece) == (200, 0), piece.summary.sop_instance_uid
+                assert stow(web.port, piece) == (200, 0), piece.summary.sop_instance_uid
             for piece in members:
+                # PS3.18 has no way to ask for these two as they are; they are read from the archive below.
                 if piece.summary.transfer_syntax_uid not in {"1.2.840.10008.1.2", "1.2.840.10008.1.2.2"}:
-                    assert fetched(node, piece.summary) == piece.data, piece.summary.sop_instance_uid
-            assert node.stop() == 0
-            assert "Traceback" not in node.log_text()
-            with node.parts() as parts:
-                for piece in members:
-                    with parts.archive.open(piece.summary.sop_instance_uid) as stored:
-                        assert stored.read() == piece.data, piece.summary.sop_instance_uid
+                    assert fetched(web.port, piece.summary) == piece.data, piece.summary.sop_instance_uid
+                with rooms.archive.open(piece.summary.sop_instance_uid) as stored:
+                    assert stored.read() == piece.data, piece.summary.sop_instance_uid
+        rooms.archive.close()
+        rooms.database.close()
 
 
 @pytest.mark.timeout(900)
@@ -160,14 +164,14 @@ def test_cut_files_are_refused(shared: Path, tmp_path: Path) -> None:
     with running_node(tmp_path / "node") as node:
         children = node.children()
         pieces = whole_pieces(shared)
-        stow(node, pieces[0])
+        stow(node.web_port, pieces[0])
         before = {process_id: resident(process_id) for process_id in children}
         cut = [replace(piece, data=piece.data[: chance.randrange(len(piece.data))]) for piece in pieces for _ in range(CUTS)]
-        for piece, outcome in zip(cut, c_store(node, cut), strict=True):
+        for piece, outcome in zip(cut, c_store(node.dimse_port, cut), strict=True):
             assert isinstance(outcome, Refused), (piece.summary.sop_instance_uid, len(piece.data), outcome)
             assert outcome.status in {0xC000, 0xA900}
         for piece in cut:
-            status, reason = stow(node, piece)
+            status, reason = stow(node.web_port, piece)
             assert (status, reason) in {(409, 0xC000), (409, 0xA900)}, (piece.summary.sop_instance_uid, len(piece.data), status, reason)
         assert node.children() == children
         for process_id, role in children.items():
