@@ -149,7 +149,6 @@ class ModelRunner:
     def __init__(self, bundles: Sequence[ModelBundle], *, threads: int, device: str = "auto") -> None:
         if threads > 0:
             torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             place = torch.device(name)
@@ -157,6 +156,10 @@ class ModelRunner:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ModelUnavailable(f"device {device!r} cannot be used ({reason}); set [inference] device to auto or cpu") from error
+        if place.type != "cpu":
+            # a CPU's kernels are deterministic as they are, and this call imports seconds' worth of compiler
+            torch.use_deterministic_algorithms(mode=True, warn_only=True)
+            torch.backends.cudnn.benchmark = False
         self._models: dict[str, Model] = {}
         for bundle in bundles:
             task = bundle.card.task
