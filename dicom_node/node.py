@@ -441,11 +441,10 @@ def _trusts_callers(settings: Settings) -> bool:
 
 
 def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
-    from aiohttp import web  # noqa: PLC0415 - only this role needs it
-
-    from dicomweb.app import make_app  # noqa: PLC0415
+    from dicomweb.app import make_app  # noqa: PLC0415 - only this role needs it
     from dicomweb.context import WebLimits  # noqa: PLC0415
     from dicomweb.multipart import MultipartLimits  # noqa: PLC0415
+    from dicomweb.server import serve  # noqa: PLC0415
 
     app = make_app(
         archive=parts.archive,
@@ -461,12 +460,10 @@ def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thread
     )
 
     async def run() -> None:
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=settings.node.drain_s)
-        await runner.setup()
-        await web.TCPSite(runner, settings.dicomweb.host, settings.dicomweb.port, reuse_address=True).start()
+        serving = await serve(app, host=settings.dicomweb.host, port=settings.dicomweb.port, drain_s=settings.node.drain_s)
         ready()
         await asyncio.to_thread(stop.wait)
-        await runner.cleanup()
+        await serving.close()
 
     asyncio.run(run())
 
