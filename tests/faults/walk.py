@@ -30,6 +30,7 @@ SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "unlink,un
 """Where a kill is injected, one walk each: every call that changes the disk."""
 _BATCH = 4
 _FOLDER_FOR = 20
+_WHOLE_EVERY = 5
 
 
 @dataclass
@@ -151,7 +152,7 @@ class Walk:
             os.close(reading)
 
             def be() -> None:
-                verdict = judge(self._folder, said, seeds)
+                verdict = judge(self._folder, said, seeds, whole=self._used % _WHOLE_EVERY == 0)
                 numbers = f"{verdict.acknowledged} {verdict.lost} {verdict.orphans}"
                 os.write(writing, "\n".join([numbers, *verdict.faults])[:60000].encode())
 
