@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import select
 import socket
 import struct
@@ -96,6 +97,47 @@ class Waker:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
+
+
+class Turnstile(threading.Event):
+    """The event at which pynetdicom's association thread passes in each turn of its loop; here it waits for news, not a millisecond.
+
+    Two hundred idle associations would keep a processor busy otherwise. A turn comes at least every quarter second: the thread
+    also looks at its idle timer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._news = threading.Event()
+        self.set()
+
+    def ring(self) -> None:
+        """Tell the thread that something came."""
+        self._news.set()
+
+    def set(self) -> None:
+        """Open; whoever waits passes."""
+        super().set()
+        self._news.set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for news, then as long as the turnstile is closed."""
+        self._news.wait(_POLL_MS / 1000)
+        self._news.clear()
+        return super().wait(timeout)
+
+
+class BellQueue(queue.Queue[Any]):
+    """A queue that rings when something is put in."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        super().__init__()
+        self._ring = ring
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Put, and ring."""
+        super().put(item, block, timeout)
+        self._ring()
 
 
 class PDUBuffer:

@@ -31,7 +31,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
-from dicom_node.dimse.receive import ReceiveLimits, UpperLayer, unobserved
+from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Turnstile, UpperLayer, unobserved
 from dicom_node.peers import Peer, Peers, normal_address
 from storage.errors import MismatchedInstance, StorageError
 from storage.iod import TRANSFER_SYNTAXES
@@ -224,9 +224,7 @@ class StorageSCP:
         for context in proposed:
             abstract_syntax = str(context.abstract_syntax)
             if is_storage(abstract_syntax, unknown=self._unknown_sop_classes):
-                wanted.setdefault(abstract_syntax, []).extend(
-                    syntax for syntax in context.transfer_syntax if syntax in TRANSFER_SYNTAXES
-                )
+                wanted.setdefault(abstract_syntax, []).extend(syntax for syntax in context.transfer_syntax if syntax in TRANSFER_SYNTAXES)
         supported = [build_context(abstract, list(dict.fromkeys(syntaxes))) for abstract, syntaxes in wanted.items() if syntaxes]
         return [build_context(VERIFICATION, DEFAULT_TRANSFER_SYNTAXES), *supported]
 
@@ -331,6 +329,10 @@ class AcceptedAssociation(Association):
             begin_store=lambda context, request: door.begin_store(self, context, request),
             observe=door.observe,
         )
+        turnstile = Turnstile()
+        self._reactor_checkpoint = turnstile
+        self.dul.to_user_queue = BellQueue(turnstile.ring)
+        self.dimse.msg_queue = BellQueue(turnstile.ring)
         self.acse_timeout = door.entity.acse_timeout  # their setters reach into the provider, which is a new one
         self.network_timeout = door.entity.network_timeout
         self.set_socket(AssociationSocket(self, client_socket=connection))
