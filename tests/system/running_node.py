@@ -77,7 +77,11 @@ class RunningNode:
                 env={**self.environ, **(environ or {})}, stdout=log, stderr=log,
             )  # fmt: skip
         if wait:
-            self.await_ready()
+            try:
+                self.await_ready()
+            except AssertionError:
+                self.kill()
+                raise
         return self
 
     def await_ready(self) -> None:
