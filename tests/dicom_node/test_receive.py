@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dicom_node.dimse import message
 from dicom_node.dimse.library import INTERNALS, VERSION
 from dicom_node.dimse.message import MessageReader, ProtocolViolation, StoreRequest
-from dicom_node.dimse.receive import PDUBuffer, Waker
+from dicom_node.dimse.receive import BellQueue, PDUBuffer, Turnstile, Waker
 from tests.dicom_node import scripted_peer as script
 
 STORE = script.store_rq("1.2.3", "1.2.3.4")
@@ -250,6 +250,19 @@ def test_buffer_judges_by_the_header_alone() -> None:
         buffer.fill(ours)
         with pytest.raises(ProtocolViolation):
             buffer.take()
+
+
+def test_turnstile_lets_pass_on_news_only_while_open() -> None:
+    """What is put into a queue with a bell lets the waiting thread pass; a closed turnstile holds it until it is opened."""
+    turnstile = Turnstile()
+    bell = BellQueue(turnstile.ring)
+    bell.put("something")
+    assert turnstile.wait()
+    turnstile.clear()
+    bell.put("something")
+    assert not turnstile.wait(0.0)
+    turnstile.set()
+    assert turnstile.wait()
 
 
 def test_waker_may_be_closed_while_others_wake() -> None:
