@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -159,6 +160,11 @@ class Worker:
         return True
 
     def _analyse(self, job: Job, lease: Lease) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom puts values of the header into its warnings, and they go to standard error
+            return self._concluded(job, lease)
+
+    def _concluded(self, job: Job, lease: Lease) -> str:
         with self._archive.open(job.sop_instance_uid) as stored:
             record = stored.record
             if stored.size > self._max_bytes:

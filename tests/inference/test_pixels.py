@@ -396,7 +396,10 @@ def test_srgb_is_left_alone() -> None:
     assert np.array_equal(frame_of(native(picture[None], ICCProfile=profile)), picture)
 
 
-@pytest.mark.parametrize("profile", [b"rubbish!" * 20, pictures.icc_profile((R, G, B), 1.0)[:200], b"\0" * (5 * 1024 * 1024)])
+@pytest.mark.parametrize(
+    "profile",
+    [b"rubbish!" * 20, pictures.icc_profile((R, G, B), 1.0)[:200], pictures.icc_profile((R, G, B), 1.0) + b"\0" * (5 * 1024 * 1024)],
+)
 def test_an_unusable_profile_is_noted_not_applied(profile: bytes) -> None:
     """A damaged or absurdly large profile leaves the picture as it is, and leaves a note (threats.md row 60)."""
     frames = decode_frames(native(P[None], ICCProfile=profile), max_pixels=BUDGET)
@@ -453,6 +456,38 @@ def test_fragments_are_joined_whatever_the_offset_table_says(table: str) -> None
     content = {"right": right, "empty": b"", "wrong": struct.pack("<4I", 0, 2, 4, 6), "short": right[:8]}[table]
     part10 = pictures.part10(pictures.image(MANY, "YBR_FULL_422"), pictures.JPEG_BASELINE, _fragmented(streams, table=content))
     assert np.abs(decode_frames(part10, max_pixels=BUDGET).pixels.astype(int) - MANY).mean() < 4
+
+
+def test_an_offset_table_alone_tells_frames_apart() -> None:
+    """Streams without a beginning of their own, in several fragments each, are divided by a right table, basic or extended."""
+    streams = [pictures.rle(one) for one in MANY]
+    for extended in (False, True):
+        table = _offsets(streams)
+        data_set = pictures.image(MANY)
+        if extended:
+            data_set.ExtendedOffsetTable = np.frombuffer(table, "<u4").astype("<u8").tobytes()
+            data_set.ExtendedOffsetTableLengths = np.array([len(stream) for stream in streams], "<u8").tobytes()
+        part10 = pictures.part10(data_set, pictures.RLE, _fragmented(streams, table=b"" if extended else table))
+        assert np.array_equal(decode_frames(part10, max_pixels=BUDGET).pixels, MANY)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "stream"),
+    [
+        (pictures.JPEG_BASELINE, pictures.jpeg(gradient(80, 96))),
+        (pictures.JPEG_BASELINE, pictures.jpeg(gradient(80, 96), progressive=True)),
+        (pictures.JPEG_LS, pictures.charls(gradient(80, 96))),
+        (pictures.JPEG_2000, pictures.jpeg_2000(gradient(80, 96), transform=True)),
+        (pictures.RLE, pictures.rle(gradient(80, 96))),
+        (pictures.DEFLATED_FRAMES, zlib.compress(gradient(80, 96).tobytes(), wbits=-15)),
+    ],
+    ids=["JPEG", "JPEG progressive", "JPEG-LS", "JPEG 2000", "RLE", "deflated frame"],
+)
+def test_a_stream_that_ends_early_is_refused(syntax: str, stream: bytes) -> None:
+    """Decoders fill what is missing with grey: a stream cut inside a well-framed file is refused before (threats.md row 54)."""
+    for cut in range(2, len(stream) - 2, max(len(stream) // 50, 1)):
+        with pytest.raises(UnsupportedPixels):
+            frame_of(encapsulated([stream[:cut]], gradient(80, 96)[None], syntax, "RGB"))
 
 
 def test_one_frame_in_many_fragments() -> None:
