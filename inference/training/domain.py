@@ -159,7 +159,7 @@ def _collect(random: np.random.Generator) -> _Sets:
 
 def main() -> None:
     """Fit, leave each negative source out once, measure, write the bundle."""
-    fit.prepare_machine(SEED)
+    fit.prepare_machine(SEED, threads=1)
     network = build(ARCHITECTURE, ARGUMENTS).eval()
     assert isinstance(network, Classifier)  # noqa: S101 - for the type checker
     tflite.load_body(network.body, data.data_folder() / "backbones" / "mobilenet_v1_0.5_160_quant.tflite")

@@ -124,6 +124,14 @@ def test_weights_that_are_none_are_refused(tmp_path: Path, weights: bytes, messa
     assert not Path("/tmp/dicom-node-pickle-was-run").exists()
 
 
+def test_other_weights_are_refused_without_a_pin(tmp_path: Path) -> None:
+    """Weights that are valid but not those of the manifest are refused, and both digests are shown."""
+    folder = write_bundle(tmp_path, "domain", WEIGHTS)
+    (folder / "weights.safetensors").write_bytes(save({"a": np.zeros((2, 3), np.float16)}))
+    with pytest.raises(ModelUnavailable, match=f"its manifest says {hashlib.sha256(WEIGHTS).hexdigest()}"):
+        load_bundle(folder)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), which=st.sampled_from(["manifest.json", "weights.safetensors"]))
 def test_no_flipped_bit_passes_a_pin(tmp_path: Path, place: float, bit: int, which: str) -> None:

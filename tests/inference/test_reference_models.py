@@ -25,7 +25,7 @@ FLOORS = {"melanoma": 0.78, "seborrheic_keratosis": 0.90}
 @pytest.fixture(scope="module")
 def runner() -> ModelRunner:
     """Make a runner with the shipped bundles."""
-    return ModelRunner(load_bundles(), threads=2, device="cpu")
+    return ModelRunner(load_bundles(), threads=1, device="cpu")
 
 
 def read(path: Path) -> Picture:
