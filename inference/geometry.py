@@ -1,4 +1,4 @@
-"""Pictures to the size a network wants, masks to outlines. With ``pixels.py`` the only importer of cv2 here."""
+"""Pictures to the size a network wants, masks to outlines. With ``pixels.py`` and ``drawing.py`` the only importer of cv2 in the node."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dicom_node.demo import draw_skin_picture
+from inference.drawing import draw_skin_picture
 from inference.networks import Classifier, build
 from inference.training import bundles, data, fit, negatives, tflite
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dicom_node.demo import draw_skin_picture
 from inference.bundle import load_bundles
+from inference.drawing import draw_skin_picture
 from inference.runner import ModelRunner
 from inference.training import negatives
 from inference.training.domain import CLINICAL_TEST
