@@ -238,11 +238,12 @@ def test_leases_are_renewed_while_a_batch_is_under_way(tmp_path: Path) -> None:
         def claim() -> bool:
             job = house.queue.claim(JobKind.DELIVER, lane="pacs", owner="two")
             claimed.extend([job] if job is not None else [])
-            return bool(claimed)
+            return job is not None
 
         wait_for(house, claim)
         assert [job.id for job in claimed] == [held[0].id]
         assert [job.id for job in leases.held] == [held[1].id]
+        assert not claim(), "the lease of the other one, claimed at the same time, was not renewed"
     house.database.close()
 
 
