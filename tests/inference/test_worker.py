@@ -130,6 +130,37 @@ def test_a_refused_picture_is_a_result(house: House, tmp_path: Path, *, acceptab
     assert set(reports_of(house, uid)) == {"summary"}
 
 
+def rewrapped(**attributes: Any) -> bytes:
+    """Change attributes of the photograph; its pixels become a zero for each sample of every frame."""
+    data_set = pydicom.dcmread(BytesIO(photograph()))
+    for keyword, value in attributes.items():
+        setattr(data_set, keyword, value)
+    size = data_set.Rows * data_set.Columns * data_set.SamplesPerPixel * int(data_set.get("NumberOfFrames", 1))
+    return pictures.part10(data_set, pictures.EXPLICIT, bytes(size))
+
+
+def test_a_grey_picture_gets_a_summary_that_says_so(house: House, bundles: Path) -> None:
+    """A job for a grey picture, should one be made, ends with a summary in which nothing was found."""
+    uid = ingest(house, rewrapped(SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2")).sop_instance_uid
+    worker_of(house, pipeline_of(bundles)).work_once()
+    job = job_of(house, uid)
+    assert job.state is JobState.DONE, job.reason
+    assert (job.result["outcome"], job.result["frames"]) == ("refused", [])
+    assert "no colour" in job.result["failures"][0]
+    assert set(reports_of(house, uid)) == {"summary"}
+
+
+def test_frames_are_analysed_one_by_one_up_to_the_limit(house: House, bundles: Path) -> None:
+    """A multi-frame secondary capture: the first frames, and the report is partial because there were more."""
+    part10 = rewrapped(SOPClassUID="1.2.840.10008.5.1.4.1.1.7.4", NumberOfFrames=3, Rows=32, Columns=32)
+    uid = ingest(house, part10).sop_instance_uid
+    worker_of(house, pipeline_of(bundles, max_frames=2)).work_once()
+    job = job_of(house, uid)
+    assert job.state is JobState.DONE, job.reason
+    assert [frame["number"] for frame in job.result["frames"]] == [1, 2]
+    assert document(house, job.result["reports"]["summary"]).CompletionFlag == "PARTIAL"
+
+
 @pytest.mark.parametrize(
     ("part10", "options", "words"),
     [
