@@ -249,6 +249,34 @@ def test_no_patient_data_in_the_log(door: Door, caplog: pytest.LogCaptureFixture
     assert sample.sop_instance_uid not in records
 
 
+class Counted:
+    """A meter that remembers."""
+
+    def __init__(self) -> None:
+        self.instances: list[tuple[str, str, bool]] = []
+        self.requests: list[tuple[str, int]] = []
+
+    def instance(self, *, door: str, outcome: str, byte_count: int = 0) -> None:
+        self.instances.append((door, outcome, byte_count > 0))
+
+    def request(self, *, transaction: str, status: int) -> None:
+        self.requests.append((transaction, status))
+
+
+def test_what_happens_is_counted(doors: Doors) -> None:
+    """Every instance by its outcome and every answer by its transaction and status, the refused ones too."""
+    meter = Counted()
+    door = doors(meter=meter)
+    sample = photograph()
+    door.store(file_of(sample), b"no file")
+    door.store(file_of(sample))
+    door.get(path_of(sample))
+    door.get("/nothing")
+    door.get("/studies?limit=x")
+    assert meter.instances == [("dicomweb", "stored", True), ("dicomweb", "0xC000", False), ("dicomweb", "duplicate", True)]
+    assert meter.requests == [("store", 202), ("store", 200), ("retrieve", 200), ("none", 404), ("search", 400)]
+
+
 async def test_shutdown_lets_requests_end(tmp_path: Path) -> None:
     """Closing the door takes no new connection and lets a running upload end."""
     house = build(tmp_path)

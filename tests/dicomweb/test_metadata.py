@@ -201,6 +201,20 @@ def test_characters_are_utf_8_and_say_so() -> None:
     assert found["00081140"]["Value"][0]["0008103E"]["Value"] == ["плечо"]
 
 
+def test_implicit_items_in_an_explicit_data_set() -> None:
+    """Items that a sender wrote in Implicit VR into an explicit data set are read as the archive read them, and come out explicit."""
+    item = datasets.encode([datasets.text(0x00080100, "SH", "T-01000"), datasets.text(0x00080102, "SH", "SRT")], IMPLICIT_VR_LITTLE_ENDIAN)
+    sequence = struct.pack("<HH2sHI", 0x0008, 0x1140, b"SQ", 0, len(item) + 8) + struct.pack("<HHI", 0xFFFE, 0xE000, len(item)) + item
+    drawn = [*datasets.identity(datasets.VL_PHOTOGRAPHIC), *datasets.pixels(rows=2, columns=2)]
+    before = datasets.encode([one for one in drawn if one.tag < 0x00081140], EXPLICIT_VR_LITTLE_ENDIAN)
+    data = before + sequence + datasets.encode([one for one in drawn if one.tag > 0x00081140], EXPLICIT_VR_LITTLE_ENDIAN)
+    scanned(data, EXPLICIT_VR_LITTLE_ENDIAN)
+    found = document(data)
+    assert found["00081140"]["Value"][0]["00080100"] == {"vr": "SH", "Value": ["T-01000"]}
+    assert found["00280010"]["Value"] == [2]
+    assert document(b"".join(explicit_little_endian(opened(data, EXPLICIT_VR_LITTLE_ENDIAN)))) == found
+
+
 def test_deep_nesting_costs_no_stack() -> None:
     """A hundred sequences in each other are written and read; more than the walk allows is refused, not a crash."""
 

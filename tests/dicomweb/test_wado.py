@@ -336,6 +336,33 @@ def test_compressed_frames(door: Door, table: str, split: int) -> None:
     assert door.get(f"{path_of(sample)}/frames/1", Accept="image/jpeg").body == frames[0]
 
 
+@pytest.mark.parametrize("transfer_syntax_uid", [JPEG_BASELINE, RLE_LOSSLESS])
+def test_frames_of_unequal_fragments(door: Door, transfer_syntax_uid: str) -> None:
+    """One, two and one fragment: told apart by their first bytes, or, where the codec has none, by the offset table; else 406."""
+    mark = b"\xff\xd8\xff\xe0" if transfer_syntax_uid == JPEG_BASELINE else b"\1\0\0\0"
+    fragments = [mark + b"11", mark + b"2222", b"2b", mark + b"33"]
+    frames = [fragments[0], fragments[1] + fragments[2], fragments[3]]
+    sample = draw(transfer_syntax_uid, sop_class=datasets.SECONDARY_CAPTURE + ".4", frames=3, fragments=fragments)
+    if transfer_syntax_uid == RLE_LOSSLESS:
+        put(door, sample)
+        assert "tell" in door.get(f"{path_of(sample)}/frames/1", Accept=OHIF).problem["detail"]
+        sample = draw(transfer_syntax_uid, sop_class=datasets.SECONDARY_CAPTURE + ".4", frames=3, fragments=fragments)
+        table = struct.pack("<HHI3I", 0xFFFE, 0xE000, 12, 0, 14, 14 + 16 + 10)
+        data = sample.data_set.replace(struct.pack("<HHI", 0xFFFE, 0xE000, 0), table, 1)
+        sample = Sample(
+            sample.sop_instance_uid, sample.study_instance_uid, sample.series_instance_uid, data, RLE_LOSSLESS, sample.sop_class_uid
+        )
+    put(door, sample)
+    assert [part[1] for part in door.get(f"{path_of(sample)}/frames/2,1,3", Accept=OHIF).parts] == [frames[1], frames[0], frames[2]]
+
+
+def test_an_encoded_slash_is_no_slash(door: Door) -> None:
+    """A path that hides its structure in percent signs is refused as such, before any resource looks at it."""
+    path = path_of(door.stored()) + "/bulkdata/"
+    for hidden in ("00081140%2F1%2F00091001", "7FE00010%5c", "7FE00010%250", "7FE00010%1f", "7FE00010//"):
+        assert door.get(path + hidden).problem["status"] == 400
+
+
 @pytest.mark.parametrize(("frames", "status"), [
     ("0", 400), ("-1", 400), ("x", 400), ("1,", 400), (",1", 400), ("1.5", 400), ("2", 404), ("1,9", 404), ("1,0", 400), ("9" * 30, 400),
     ("1-2", 400), ("%31", 200), ("1%00", 400), (",".join(["1"] * 1001), 400),
@@ -382,6 +409,9 @@ def test_a_damaged_instance_is_no_short_answer(doors: Doors) -> None:
     damage(door, by_uid[1], 0.7)
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         door.get(f"/studies/{study}")
+    damage(door, by_uid[1], 0.000004)  # in its header: seen when it is opened, though the first instance is whole
+    for suffix in ("", "/metadata"):
+        assert door.get(f"/studies/{study}{suffix}").problem["status"] == 500
     damage(door, by_uid[0], 0.01)
     answer = door.get(path_of(by_uid[0]))
     assert answer.status == 500
