@@ -1,6 +1,6 @@
 """What we ask of pynetdicom beyond its documented interface, in one place, and its process-wide switches.
 
-The receiver takes over pynetdicom's reading of the socket. pyproject.toml pins the version; a test walks `INTERNALS` and fails
+Our `UpperLayer` takes over pynetdicom's reading of the socket, in both roles. pyproject.toml pins the version; a test walks `INTERNALS` and fails
 loudly when a new version lacks something named here or changed its code.
 """
 
@@ -14,15 +14,19 @@ from pynetdicom import _config
 VERSION: Final = "3.0.4"
 
 INTERNALS: Final = (
-    # (module, attribute path, first 16 hexadecimal digits of the SHA-256 of its source): what receive.py and scp.py override or stand on
+    # (module, attribute path, first 16 hexadecimal digits of the SHA-256 of its source): what we override or stand on
     ("pynetdicom.acse", "ACSE._negotiate_as_acceptor", "fffd360957c42a8e"),
+    ("pynetdicom.acse", "ACSE._negotiate_as_requestor", "507959152c5896c6"),
     ("pynetdicom.acse", "ACSE.send_reject", "700998293bbcb6c9"),
+    ("pynetdicom.ae", "ApplicationEntity._create_socket", "f56bca8888e1ce9f"),
+    ("pynetdicom.ae", "ApplicationEntity.associate", "dbc8cf47090386b2"),
     ("pynetdicom.association", "Association.__init__", "eb07516b8009ad8f"),
     ("pynetdicom.association", "Association._abort_blocking", "10b43ef8c63c6764"),
     ("pynetdicom.association", "Association._run_reactor", "f28838c5559e462a"),
     ("pynetdicom.association", "Association._serve_request", "2f24c1759cdf6c8c"),
     ("pynetdicom.association", "Association.kill", "8f9713666a7f4cff"),
     ("pynetdicom.association", "Association.release", "c7d713502b77d702"),
+    ("pynetdicom.association", "Association.request", "928cd0e3013c9ab9"),
     ("pynetdicom.association", "Association.run_reactor", "ed8bbbe3b3d6ddae"),
     ("pynetdicom.dimse", "DIMSEServiceProvider.get_msg", "890e3e04283f5aeb"),
     ("pynetdicom.dimse", "DIMSEServiceProvider.receive_primitive", "5f99c86b14a15cef"),
@@ -51,6 +55,7 @@ INTERNALS: Final = (
     ("pynetdicom.transport", "AssociationSocket.__init__", "1f0325fdef2cc353"),
     ("pynetdicom.transport", "AssociationSocket._shutdown_socket", "e2b2628faa81a578"),
     ("pynetdicom.transport", "AssociationSocket.close", "c726c8db53813d55"),
+    ("pynetdicom.transport", "AssociationSocket.connect", "aeeeae413bd339dc"),
     ("pynetdicom.transport", "AssociationSocket.send", "1ea8158c0b51faca"),
     ("pynetdicom.transport", "RequestHandler._create_association", "05c8d12b79863cdb"),
 )
