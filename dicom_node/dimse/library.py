@@ -1,7 +1,7 @@
 """What we ask of pynetdicom beyond its documented interface, in one place, and its process-wide switches.
 
-Our `UpperLayer` takes over pynetdicom's reading of the socket, in both roles. pyproject.toml pins the version; a test walks `INTERNALS` and fails
-loudly when a new version lacks something named here or changed its code.
+Our `UpperLayer` takes over pynetdicom's reading of the socket, in both roles. pyproject.toml pins the version; a test walks
+`INTERNALS` and fails loudly when a new version lacks something named here or changed its code.
 """
 
 from __future__ import annotations
