@@ -7,8 +7,10 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -146,6 +148,15 @@ class Services:
         if not _HOST.fullmatch(host) or scheme not in {"http", "https"}:
             raise BadRequest("the Host header is no host name")
         return f"{scheme}://{host}{self.base_path}"
+
+
+def client_address(request: web.Request, *, trusted_proxy: bool) -> str:
+    """Tell who sends: the peer of the socket, or what the trusted proxy saw (the last entry, the one that it wrote itself)."""
+    if trusted_proxy:
+        last = ",".join(request.headers.getall("X-Forwarded-For", [])).rpartition(",")[2].strip()
+        with suppress(ValueError):
+            return str(ip_address(last))
+    return request.remote or ""
 
 
 def instance_url(base: str, study: str, series: str = "", instance: str = "") -> str:

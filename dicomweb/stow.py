@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientError
 from aiohttp.http_exceptions import HttpProcessingError
 
-from dicomweb.context import PIECE, Meter, Services, WebLimits, accepted, instance_url, uid
+from dicomweb.context import PIECE, Meter, Services, WebLimits, accepted, client_address, instance_url, uid
 from dicomweb.dataset import DataSet, Element
 from dicomweb.errors import BadRequest, Busy, Deadline, TooLarge, WebError, WrongMediaType, disk_full
 from dicomweb.multipart import MultipartReader, PartBegin, PartData, PartEnd
@@ -35,6 +36,7 @@ from storage.part10 import Part10Parser
 from storage.records import Announced, Origin, Receipt
 from storage.scan import valid_uid
 
+_log = logging.getLogger(__name__)
 DICOM = "application/dicom"
 _HEAD = 4_096
 """Bytes of a data set that are kept to name it when it is refused: SOP Class and Instance UID come first."""
@@ -197,6 +199,8 @@ class StoreSession:
                 return
         if part.failure is not None:
             self.outcomes.append(part.failure)
+            reason = f"0x{part.failure.reason:04X} {part.failure.text}"
+            _log.warning("instance.refused", extra={"peer": self._origin.address, "reason": reason})
             self._meter.instance(door="dicomweb", outcome=f"0x{part.failure.reason:04X}")
 
     def _fail(self, part: _Part, error: StorageError) -> None:
@@ -313,7 +317,12 @@ class Store:
             raise TooLarge(f"the body is longer than {services.limits.body_bytes} bytes; send the instances in several requests")
         if self._uploads >= services.limits.uploads:
             raise Busy(f"{services.limits.uploads} uploads are running; try again later")
-        origin = Origin(door="dicomweb", received_at=services.clock(), address=request.remote or "", called_ae_title=services.node_ae_title)
+        origin = Origin(
+            door="dicomweb",
+            received_at=services.clock(),
+            address=client_address(request, trusted_proxy=services.trusted_proxy),
+            called_ae_title=services.node_ae_title,
+        )
         session = StoreSession(
             receive=services.archive.receive,
             origin=origin,

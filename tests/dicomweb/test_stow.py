@@ -111,6 +111,21 @@ def test_failures_are_named_by_the_data_set(door: Door) -> None:
     assert failures(answer.json) == {sample.sop_instance_uid: 0xC000}
 
 
+def test_who_sent(door: Door) -> None:
+    """The origin is the socket's peer; behind a trusted proxy it is the address that the proxy wrote last, if it is one."""
+    said = {"X-Forwarded-For": "198.51.100.7, 203.0.113.9"}
+    with Door(door.house, trusted_proxy=True) as proxied:
+        for running, header, address in (
+            (door, said, "127.0.0.1"),
+            (proxied, said, "203.0.113.9"),
+            (proxied, {"X-Forwarded-For": "x"}, "127.0.0.1"),
+        ):
+            sample = photograph()
+            assert running.store(file_of(sample), headers=header).status == 200
+            origin = door.house.index.find(sample.sop_instance_uid).origin
+            assert (origin.door, origin.address, origin.called_ae_title) == ("dicomweb", address, "NODE")
+
+
 def test_sop_class_and_transfer_syntax_not_supported(doors: Doors) -> None:
     """A SOP class that is not accepted is 0x0122; a transfer syntax nobody knows is refused by its own reason."""
     door = doors(archive={"accept_sop_class": lambda _: False})
