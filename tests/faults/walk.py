@@ -176,8 +176,9 @@ class Walk:
         """Kill at every failpoint, at its first to `rounds`-th time, with so many senders at once."""
         for step in steps:
             for threads in senders:
-                # An analysis happens once for each instance.
-                for nth in range(1, 1 + (rounds if step in INTAKE_STEPS else min(rounds, _BATCH * threads))):
+                # Seven steps are also those of a report; the others happen once for each instance.
+                reached = 2 * _BATCH if step in INTAKE_STEPS[:6] or step == "acknowledge.committed" else _BATCH
+                for nth in range(1, 1 + min(rounds, reached * threads)):
                     if not self.hit(f"{step}:{nth}", environ={VARIABLE: f"{step}:{nth}"}, threads=threads):
                         self.tally.faults.append(f"{step}:{nth} with {threads} senders was never reached")
             report(f"{step}: {self.tally.line()}")
