@@ -9,8 +9,8 @@ import secrets
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from email.message import Message
 from email.parser import BytesParser
-from email.policy import HTTP
 from typing import Any, Self
 
 from dicomweb.app import make_app
@@ -49,14 +49,12 @@ class Answer:
 
     @property
     def parts(self) -> list[tuple[str, bytes]]:
-        """Content-Type and content of each part of a multipart body, divided by the standard library."""
-        head = f"Content-Type: {self.headers['content-type']}\r\n\r\n".encode()
-        message = BytesParser(policy=HTTP.clone(max_line_length=None)).parsebytes(head + self.body.replace(b"\n", b"\n"))
-        assert message.is_multipart()
+        """Content-Type and content of each part; the body must end with its closing delimiter."""
+        message = Message()
+        message["Content-Type"] = self.headers["content-type"]
         boundary = message.get_boundary()
         assert boundary is not None
         assert self.body.endswith(f"\r\n--{boundary}--\r\n".encode())
-        # The email package would touch line ends in binary content: cut by hand, headers by the package.
         found = []
         for part in self.body.split(f"--{boundary}".encode())[1:-1]:
             headers, _, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
