@@ -33,7 +33,7 @@ from storage.envelope import FileKeyring
 from storage.errors import StorageError, Unavailable
 from storage.failpoints import failpoint_from_environment
 from storage.index import Index
-from storage.objects import DirectoryStore, ObjectStore, S3Store
+from storage.objects import DirectoryStore, ObjectStore
 from storage.records import JobKind, Limits, NewJob, Origin, Summary
 from storage.work import DEFAULT_ATTEMPTS, WorkQueue
 
@@ -85,6 +85,8 @@ def object_store(settings: Settings) -> ObjectStore:
     """Make the store that the configuration names."""
     reach = failpoint_from_environment(os.environ)
     if settings.archive.store == "s3":
+        from storage.s3 import S3Store  # noqa: PLC0415
+
         return S3Store(
             bucket=settings.archive.bucket,
             prefix=settings.archive.prefix,

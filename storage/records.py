@@ -219,7 +219,7 @@ class AuditEvent:
     """One audit record; identifiers are allowed here (the audit trail is encrypted), never in application logs."""
 
     action: str
-    """instance.received, instance.duplicate, instance.quarantined, instance.refused, instance.retrieved, report.concluded, report.delivered …"""
+    """instance.received, instance.duplicate, instance.quarantined, instance.refused, instance.retrieved, report.concluded …"""
     outcome: str
     """success, or the failure in words."""
     actor: str

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from storage.database import Database
-from storage.objects import ObjectStore, S3Store
+from storage.objects import ObjectStore
+from storage.s3 import S3Store
 from tests.storage.house import House, build
 from tests.storage.support import open_database
 

@@ -33,8 +33,8 @@ from storage.errors import (
 )
 from storage.failpoints import failpoint_from_environment, unarmed
 from storage.intake import IntakeState, footer_to_record, record_to_footer
-from storage.objects import S3Store
 from storage.records import Announced, JobKind, JobState, NewReport, Outcome, Receipt
+from storage.s3 import S3Store
 from tests.storage.house import House, origin_of
 from tests.storage.samples import Sample, photograph, report
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import InstanceNotFound, IntegrityError, Unavailable
-from storage.objects import DirectoryStore, ObjectStore, S3Store
+from storage.objects import DirectoryStore, ObjectStore
 from storage.records import SealedObject
+from storage.s3 import S3Store
 
 Landed = Callable[[bytes], tuple[Path, SealedObject]]
 MEBIBYTE = 1 << 20
