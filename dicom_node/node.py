@@ -351,7 +351,7 @@ def _say_ready(settings: Settings) -> None:
         command = "dicom-node"
     lines = ["", "The node is ready. Send a first image from a second terminal:", f"    {command} send --demo"]
     if settings.dimse.enabled:
-        lines.append(f"    storescu -aec {settings.dimse.ae_title} {settings.dimse.host} {settings.dimse.port} FILE.dcm")
+        lines.append(f"    storescu -R -xy -aec {settings.dimse.ae_title} {settings.dimse.host} {settings.dimse.port} FILE.dcm")
     lines += ["and ask where it is:", f"    {command} trace UID", ""]
     if settings.dicomweb.enabled:
         lines.append(f"DICOMweb: http://{settings.dicomweb.host}:{settings.dicomweb.port}{settings.dicomweb.base_path}")

@@ -58,7 +58,7 @@ class Orthanc:
     def instances(self, sop_class_uid: str = "") -> list[str]:
         """Identifiers of all instances, or those of one SOP class."""
         every = self.call("/instances")
-        return [one for one in every if not sop_class_uid or self.call(f"/instances/{one}/metadata/SopClassUid") == sop_class_uid]
+        return [one for one in every if not sop_class_uid or self.raw(f"/instances/{one}/metadata/SopClassUid").decode() == sop_class_uid]
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -57,11 +58,18 @@ def judge(path: Path) -> None:
         assert "Imaging Measurement Report" in dumped.stdout
 
 
-def round_trip(tmp_path: Path, isic_picture: Path, node_environ: dict[str, str]) -> RunningNode:
-    """Walk the whole way and return the node, still running."""
+@contextmanager
+def round_trip(tmp_path: Path, isic_picture: Path, node_environ: dict[str, str]) -> Iterator[RunningNode]:
+    """Walk the whole way and give the node, still running."""
     orthanc_port = free_port()
     toml = f'[[peers]]\nname = "orthanc"\nae_title = "ORTHANC"\nhost = "127.0.0.1"\nport = {orthanc_port}\n'
-    node = RunningNode(tmp_path / "node", toml=toml, environ=node_environ).start()
+    with running_node(tmp_path / "node", toml=toml, environ=node_environ) as node:
+        walk(node, orthanc_port, tmp_path, isic_picture)
+        yield node
+
+
+def walk(node: RunningNode, orthanc_port: int, tmp_path: Path, isic_picture: Path) -> None:
+    """Orthanc to node to Orthanc; every object that comes back is judged."""
     modalities = {"node": ("DERM_NODE", node.dimse_port)}
     with running_orthanc(tmp_path / "orthanc", ae_title="ORTHANC", modalities=modalities, dicom_port=orthanc_port) as orthanc:
         file = wrapped(node, isic_picture, tmp_path)
@@ -97,13 +105,12 @@ def round_trip(tmp_path: Path, isic_picture: Path, node_environ: dict[str, str])
         assert orthanc.send("node", reports[0])["FailedInstancesCount"] == 0
         assert len(node.trace(str(source.SOPInstanceUID))["instances"][0]["reports"]) == 3
     assert "Traceback" not in node.log_text()
-    return node
 
 
 def test_orthanc_round_trip(tmp_path: Path, isic_picture: Path) -> None:
     """SR and SEG come back into the same study; validators and highdicom accept them."""
-    node = round_trip(tmp_path, isic_picture, {})
-    assert node.stop() == 0
+    with round_trip(tmp_path, isic_picture, {}) as node:
+        assert node.stop() == 0
 
 
 def test_orthanc_round_trip_on_s3(tmp_path: Path, isic_picture: Path, s3_bucket: Callable[[], tuple[str, str, Path]]) -> None:
@@ -114,8 +121,13 @@ def test_orthanc_round_trip_on_s3(tmp_path: Path, isic_picture: Path, s3_bucket:
         "DICOM_NODE_ARCHIVE__STORE": "s3", "DICOM_NODE_ARCHIVE__ACKNOWLEDGE": "archive", "DICOM_NODE_ARCHIVE__BUCKET": bucket,
         "DICOM_NODE_ARCHIVE__ENDPOINT_URL": endpoint, "DICOM_NODE_ARCHIVE__REGION": "us-east-1",
     }  # fmt: skip
-    node = round_trip(tmp_path, isic_picture, environ)
-    assert node.stop() == 0
+    with round_trip(tmp_path, isic_picture, environ) as node:
+        assert node.stop() == 0
+        served_from_the_bucket(node, folder)
+
+
+def served_from_the_bucket(node: RunningNode, folder: Path) -> None:
+    """Look at the bucket of a stopped node, and at what the node serves from it after a start without local files."""
     objects = [path for path in folder.rglob("*") if path.is_file()]
     assert len(objects) == 4  # the picture, two SR, one SEG
     for path in objects:
@@ -125,28 +137,25 @@ def test_orthanc_round_trip_on_s3(tmp_path: Path, isic_picture: Path, s3_bucket:
     assert not [path for path in (node.data_dir / "landing").rglob("*") if path.is_file() and path.stat().st_size]
     shutil.rmtree(node.data_dir / "landing")
     node.start()
-    try:
-        status, body = get(f"{node.base_url}/studies", "application/dicom+json")
-        assert status == 200
-        (study,) = json.loads(body)
-        uid = study["0020000D"]["Value"][0]
-        status, body = get(f"{node.base_url}/studies/{uid}/instances", "application/dicom+json")
-        instances = json.loads(body)
-        assert len(instances) == 4
-        for instance in instances:
-            url = f"{node.base_url}/studies/{uid}/series/{instance['0020000E']['Value'][0]}/instances/{instance['00080018']['Value'][0]}"
-            request = urllib.request.Request(url, headers={"Accept": "application/dicom; transfer-syntax=*"})
-            with urllib.request.urlopen(request, timeout=30) as response:
-                assert pydicom.dcmread(BytesIO(response.read())).SOPInstanceUID == instance["00080018"]["Value"][0]
-    finally:
-        node.stop()
+    status, body = get(f"{node.base_url}/studies", "application/dicom+json")
+    assert status == 200
+    (study,) = json.loads(body)
+    uid = study["0020000D"]["Value"][0]
+    status, body = get(f"{node.base_url}/studies/{uid}/instances", "application/dicom+json")
+    instances = json.loads(body)
+    assert len(instances) == 4
+    for instance in instances:
+        url = f"{node.base_url}/studies/{uid}/series/{instance['0020000E']['Value'][0]}/instances/{instance['00080018']['Value'][0]}"
+        request = urllib.request.Request(url, headers={"Accept": "application/dicom; transfer-syntax=*"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert pydicom.dcmread(BytesIO(response.read())).SOPInstanceUID == instance["00080018"]["Value"][0]
 
 
 def test_storescu_with_a_wrapped_photograph(tmp_path: Path, isic_picture: Path) -> None:
     """The README's words: a photograph made by `send --save-only`, sent by DCMTK's storescu, Success, analysed."""
     with running_node(tmp_path / "node") as node:
         file = wrapped(node, isic_picture, tmp_path)
-        command = [program("storescu"), "-v", "-xs", "-aec", "DERM_NODE", "127.0.0.1", str(node.dimse_port), str(file)]
+        command = [program("storescu"), "-v", "-R", "-xy", "-aec", "DERM_NODE", "127.0.0.1", str(node.dimse_port), str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "Success" in done.stdout + done.stderr
