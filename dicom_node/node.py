@@ -451,6 +451,7 @@ def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thread
     app = make_app(
         archive=parts.archive,
         index=parts.index,
+        audit=parts.audit,
         base_path=settings.dicomweb.base_path,
         limits=WebLimits(multipart=MultipartLimits(parts=settings.limits.parts)),
         workers=settings.dicomweb.threads,

@@ -25,6 +25,7 @@ from dicomweb.qido import Search
 from dicomweb.stow import Store
 from dicomweb.wado import Retrieve
 from storage.archive import Archive
+from storage.audit import AuditTrail
 from storage.errors import StorageError
 from storage.index import Index
 
@@ -45,6 +46,7 @@ def make_app(
     *,
     archive: Archive,
     index: Index,
+    audit: AuditTrail,
     base_path: str = "/dicomweb",
     limits: WebLimits | None = None,
     workers: int = 8,
@@ -61,6 +63,8 @@ def make_app(
     ----------
     archive, index
         Where instances go and come from.
+    audit
+        Who searched and retrieved what.
     base_path
         Path before ``/studies``; empty for none.
     limits
@@ -89,6 +93,7 @@ def make_app(
     services = Services(
         archive=archive,
         index=index,
+        audit=audit,
         pool=Pool(workers),
         limits=limits or WebLimits(),
         meter=meter or NoMeter(),

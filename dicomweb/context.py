@@ -21,7 +21,9 @@ from dicomweb.metadata import InlineLimits
 from dicomweb.multipart import MultipartLimits
 from dicomweb.negotiate import MediaType, parse_accept
 from storage.archive import Archive
+from storage.audit import AuditTrail
 from storage.index import Index
+from storage.records import AuditEvent
 from storage.scan import valid_uid
 
 T = TypeVar("T")
@@ -117,6 +119,7 @@ class Services:
 
     archive: Archive
     index: Index
+    audit: AuditTrail
     pool: Pool
     limits: WebLimits
     meter: Meter
@@ -125,6 +128,20 @@ class Services:
     trusted_proxy: bool
     node_ae_title: str
     clock: Callable[[], datetime]
+
+    async def note(self, request: web.Request, action: str, subject: str, **detail: Any) -> None:
+        """Write an audit record of what a client is about to see; without it nothing is shown.
+
+        Raises
+        ------
+        Unavailable
+            The audit trail takes no record now.
+        """
+        address = client_address(request, trusted_proxy=self.trusted_proxy)
+        event = AuditEvent(
+            action=action, outcome="success", actor=address or "unknown", subject=subject, detail={"door": "dicomweb", **detail}
+        )
+        await self.pool.run(self.audit.record, event)
 
     def base_url(self, request: web.Request) -> str:
         """URL of the service as this client reaches it, without a slash at the end.

@@ -253,6 +253,7 @@ class Search:
         limit = min(services.limits.results, services.limits.results if parameters.limit is None else parameters.limit)
         query = Query(level, keys, limit=limit, offset=min(parameters.offset, 2**62))
         matches, left = await services.pool.run(self._match, query) if all(possible) else ([], 0)
+        await services.note(request, "study.searched", study, level=str(level), keys=keys, matches=len(matches))
         top = _LEVELS[min(_LEVELS.index(level), bool(study) + bool(series))]
         body = json.dumps([answer(match, level, top, parameters, base) for match in matches], ensure_ascii=False).encode("utf-8", "replace")
         response = web.Response(body=body, headers={"Content-Type": media_type, "Cache-Control": "private, no-cache"})

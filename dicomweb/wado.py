@@ -187,7 +187,11 @@ class Retrieve:
 
     async def _records(self, request: web.Request) -> list[InstanceRecord]:
         study, series, instance = (uid(request, name) for name in ("study", "series", "instance"))
-        return await self._services.pool.run(self._services.index.instances, study, series or None, instance or None)
+        services = self._services
+        records: list[InstanceRecord] = await services.pool.run(services.index.instances, study, series or None, instance or None)
+        what = request.path.removeprefix(services.base_path)
+        await services.note(request, "instance.retrieved", instance or series or study, resource=what, instances=len(records))
+        return records
 
     def _openable(self, records: Sequence[InstanceRecord]) -> None:
         """Raise now what would otherwise break an answer that has begun."""

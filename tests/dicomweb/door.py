@@ -76,7 +76,9 @@ class Door:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        app = make_app(archive=self.house.archive, index=self.house.index, node_ae_title="NODE", workers=4, **self._options)
+        app = make_app(
+            archive=self.house.archive, index=self.house.index, audit=self.house.audit, node_ae_title="NODE", workers=4, **self._options
+        )
         self._serving = self._loop.run_until_complete(serve(app, host="127.0.0.1", port=0, head_s=self._head_s, drain_s=2))
         self._started.set()
         self._loop.run_forever()

@@ -20,7 +20,7 @@ from dicomweb.errors import TABLE, from_storage
 from dicomweb.server import serve
 from storage import errors
 from storage.errors import StorageError, Unavailable
-from tests.dicomweb.door import MULTIPART, Door, canary, file_of, multipart, path_of
+from tests.dicomweb.door import ANY_SYNTAX, MULTIPART, Door, canary, file_of, multipart, path_of
 from tests.storage.house import build
 from tests.storage.samples import photograph
 
@@ -110,7 +110,7 @@ def test_origins(doors: Doors) -> None:
         assert closed.store(file_of(sample), headers={"Origin": viewer}).status == 403
     for bad in ("viewer.example", "https://viewer.example/", "null"):
         with pytest.raises(ValueError, match="origin"):
-            make_app(archive=door.house.archive, index=door.house.index, cors_origins=(bad,))
+            make_app(archive=door.house.archive, index=door.house.index, audit=door.house.audit, cors_origins=(bad,))
 
 
 @pytest.mark.parametrize("head", [
@@ -280,7 +280,9 @@ def test_what_happens_is_counted(doors: Doors) -> None:
 async def test_shutdown_lets_requests_end(tmp_path: Path) -> None:
     """Closing the door takes no new connection and lets a running upload end."""
     house = build(tmp_path)
-    serving = await serve(make_app(archive=house.archive, index=house.index, workers=2), host="127.0.0.1", port=0, drain_s=20)
+    serving = await serve(
+        make_app(archive=house.archive, index=house.index, audit=house.audit, workers=2), host="127.0.0.1", port=0, drain_s=20
+    )
     port = serving.address[1]
     body = multipart([file_of(photograph())])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -300,3 +302,22 @@ async def test_shutdown_lets_requests_end(tmp_path: Path) -> None:
     writer.close()
     await writer.wait_closed()
     house.close()
+
+
+def test_who_saw_what_is_in_the_audit_trail(door: Door) -> None:
+    """Every search and every retrieval leaves a record with the client's address, before anything is shown; a miss leaves none."""
+    sample = door.stored()
+    place = f"/studies/{sample.study_instance_uid}/series/{sample.series_instance_uid}"
+    assert door.get(f"/studies?PatientID=x&StudyInstanceUID={sample.study_instance_uid}").status == 200
+    assert door.get(f"{place}/metadata").status == 200
+    assert door.get(f"{place}/instances/{sample.sop_instance_uid}", **ANY_SYNTAX).status == 200
+    assert door.get(f"{place}/instances/1.2.3", **ANY_SYNTAX).status == 404
+    events = [entry.event for entry in door.house.audit.entries() if entry.event.action in {"study.searched", "instance.retrieved"}]
+    seen = [(event.action, event.actor, event.subject) for event in events][-3:]
+    assert seen == [
+        ("study.searched", "127.0.0.1", ""),
+        ("instance.retrieved", "127.0.0.1", sample.series_instance_uid),
+        ("instance.retrieved", "127.0.0.1", sample.sop_instance_uid),
+    ]
+    assert events[-3].detail["keys"]["PatientID"] == "x"
+    assert events[-1].detail["resource"].endswith(sample.sop_instance_uid)
