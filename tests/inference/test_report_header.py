@@ -7,7 +7,7 @@ from io import BytesIO
 
 import pydicom
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 
@@ -197,7 +197,10 @@ def test_identity_of_the_issuer_and_deidentification() -> None:
 )
 def test_no_source_breaks_a_report(elements: dict[tuple[int, str], bytes]) -> None:
     """Arbitrary bytes in every attribute that is read: a report comes out, and reading it finds nothing wrong."""
-    source = raw({tag: (vr, value) for (tag, vr), value in elements.items()})
+    try:
+        source = raw({tag: (vr, value) for (tag, vr), value in elements.items()})
+    except ValueError:  # NUL in Specific Character Set: pydicom does not open it, and `source_header` refuses the picture
+        reject()
     gates_only = FrameAnalysis(1, 120, 160, quality=draw.quality(3, acceptable=False))  # a small report: its patient and study matter here
     ds = summary(source, draw.analysis(gates_only))
     for element in ds.iterall():  # converts every value; warnings are errors here
