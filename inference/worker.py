@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from inference.errors import InferenceError, UnsupportedPixels
 from inference.pixels import decode_frames, source_header
 from inference.records import Failure, ImageAnalysis, Report, ReportContext, ReportReference
-from storage.errors import LeaseLost, StorageError
+from storage.errors import LeaseLost, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import AuditEvent, InstanceRecord, Job, JobKind, JobState, NewReport, Origin
 
@@ -73,10 +73,12 @@ class Worker:
         How often the queue is looked at.
     heartbeat_s
         How often the lease is renewed while work is under way; a third of the queue's lease.
+    postpone_s
+        How long a job waits whose analysis met a disk, store or database that was away; that is no try of the job.
     wait
         Waits for news at most so many seconds (the database's ``changed``); by default just that time, or until stopped.
     observe
-        Told ``analysis.concluded`` (seconds, outcome) and ``analysis.failed`` (retryable).
+        Told ``analysis.concluded`` (seconds, outcome), ``analysis.failed`` (retryable) and ``analysis.postponed``.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Worker:
         reach: Callable[[str], None] = unarmed,
         poll_s: float = 0.5,
         heartbeat_s: float = 20.0,
+        postpone_s: float = 30.0,
         owner: str = "",
         wait: Callable[[float], object] | None = None,
         observe: Callable[..., None] = unobserved,
@@ -114,6 +117,7 @@ class Worker:
         self._reach = reach
         self._poll_s = poll_s
         self._heartbeat_s = heartbeat_s
+        self._postpone_s = postpone_s
         self._owner = owner or f"worker {os.getpid()}"
         self._wait = wait
         self._observe = observe
@@ -148,6 +152,8 @@ class Worker:
                 outcome = self._analyse(job, lease)
         except LeaseLost:
             _log.warning("analysis.lease_lost", extra={"job": job.id, "reason": "another worker has the job; this result was dropped"})
+        except Unavailable as error:
+            self._postponed(job, error)
         except (InferenceError, StorageError) as error:
             self._failed(job, str(error), retryable=error.retryable)
         except Exception as error:  # noqa: BLE001 - the edge of a worker; a message may quote the header, so only the class is kept
@@ -238,6 +244,15 @@ class Worker:
                     summary.study_instance_uid, summary.series_instance_uid, summary.sop_class_uid, summary.sop_instance_uid
                 )
         return predecessors
+
+    def _postponed(self, job: Job, error: Unavailable) -> None:
+        """Give the job back: disk, store or database are away, which is no fault of the picture and must not use up its tries."""
+        try:
+            self._queue.release(job, after_s=self._postpone_s, reason=str(error))
+        except LeaseLost:
+            return
+        _log.warning("analysis.postponed", extra={"job": job.id, "reason": str(error)})
+        self._observe("analysis.postponed")
 
     def _failed(self, job: Job, reason: str, *, retryable: bool) -> None:
         """Note the failed attempt; with the last one the refusal goes into the audit trail, in the same transaction."""

@@ -364,8 +364,10 @@ class WorkQueue:
         """
         return self._database.write(lambda connection: self.fail_in(connection, job, reason, retryable=retryable))
 
-    def release(self, job: Job, *, after_s: float = 0.0) -> None:
+    def release(self, job: Job, *, after_s: float = 0.0, reason: str = "") -> None:
         """Give the job back untried: this claim does not count as an attempt, and the job is due in `after_s` seconds.
+
+        A `reason` is kept for people, as with :meth:`fail`.
 
         Raises
         ------
@@ -375,7 +377,7 @@ class WorkQueue:
 
         def work(connection: Connection) -> None:
             pause = min(int(max(after_s, 0) * 1_000_000), self._horizon)
-            values = {**_unheld(self._now() + pause), "attempts": max(job.attempts - 1, 0)}
+            values = {**_unheld(self._now() + pause), "attempts": max(job.attempts - 1, 0)} | ({"reason": reason} if reason else {})
             self._take(connection, Step.RELEASE, job.id, job.lease_token, values)
 
         self._database.write(work)

@@ -195,6 +195,38 @@ def test_a_model_that_fails_is_tried_again(house: House, tmp_path: Path, bundles
     assert job_of(house, uid).state is JobState.DONE
 
 
+def test_an_outage_uses_up_no_tries(house: House, bundles: Path) -> None:
+    """The store is away, then the disk full, for as long as you like: the job waits with the reason, and ends well once both are back."""
+    uid = ingest(house, photograph()).sop_instance_uid
+    objects, aside = house.folder / "objects", house.folder / "aside"
+    key = house.objects()[0]
+    events: list[str] = []
+
+    def try_again(minutes: float) -> Job:
+        options = {"queue": later(house, minutes), "observe": lambda event, **_: events.append(event)}
+        assert worker_of(house, pipeline_of(bundles), **options).work_once()
+        return job_of(house, uid)
+
+    (objects / key[:2]).rename(aside)
+    (objects / key[:2]).touch()  # a file where the folder was: neither there nor gone
+    for minutes in range(10, 50, 10):
+        job = try_again(minutes)
+        assert (job.state, job.attempts) == (JobState.READY, 0)
+        assert "objects" in job.reason
+    (objects / key[:2]).unlink()
+    aside.rename(objects / key[:2])
+    landing = house.archive._landing
+    reserve, landing._min_free_bytes = landing._min_free_bytes, 1 << 62
+    for minutes in range(50, 90, 10):
+        job = try_again(minutes)
+        assert (job.state, job.attempts) == (JobState.READY, 0)
+        assert "free" in job.reason
+    landing._min_free_bytes = reserve
+    assert events == ["analysis.postponed"] * 8
+    assert try_again(100).state is JobState.DONE
+    assert set(reports_of(house, uid)) == {"summary", "findings", "segmentation"}
+
+
 def test_a_fault_of_the_program_names_no_patient(house: House, bundles: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An unexpected error may quote the header: neither the job nor the log repeats it, and after three tries the job is dead."""
     uid = ingest(house, photograph()).sop_instance_uid
