@@ -69,10 +69,11 @@ class KeyInfo:
 class FileKeyring:
     """A :class:`Keyring` in a file; make one by :meth:`load`, :meth:`create` or :meth:`add`."""
 
-    def __init__(self, keys: Mapping[str, tuple[bytes, datetime]], primary: str, secret: bytes) -> None:
+    def __init__(self, keys: Mapping[str, tuple[bytes, datetime]], primary: str, secret: bytes, path: Path | None = None) -> None:
         self._keys = dict(keys)
         self._primary = primary
         self._secret = secret
+        self._path = path
 
     @classmethod
     def load(cls, path: Path | str) -> FileKeyring:
@@ -95,7 +96,7 @@ class FileKeyring:
         if mode & 0o077:
             raise Unavailable(f"the key ring {path} is open to other users: run `chmod 600 {path}`")
         try:
-            return cls._parse(json.loads(text))
+            return cls._parse(json.loads(text), path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Unavailable(f"the key ring {path} is damaged ({type(error).__name__}): restore the file from its backup") from error
 
@@ -122,7 +123,8 @@ class FileKeyring:
         Returns
         -------
         str
-            Id of the new key. A ring that is already loaded does not know it.
+            Id of the new key. A ring that is already loaded goes on wrapping with its own primary key, and learns the new one when it
+            is asked to unwrap with it.
 
         Raises
         ------
@@ -155,13 +157,25 @@ class FileKeyring:
         ------
         IntegrityError
             The key is not in this ring, or did not wrap these bytes.
+        Unavailable
+            The key may have been added since, but the file cannot be read now.
         """
+        if key_id not in self._keys:
+            self._learn()
         if key_id not in self._keys:
             raise IntegrityError("the object was sealed under a key that is not in the ring: restore that ring, or the object is damaged")
         try:
             return aes_key_unwrap(self._keys[key_id][0], wrapped)
         except InvalidUnwrap as error:
             raise IntegrityError("the object's data key is damaged, or the ring holds another key of this id") from error
+
+    def _learn(self) -> None:
+        """Take over keys that were added to the file since it was loaded: another process of the node may seal with them already."""
+        if self._path is None:
+            return
+        ring = FileKeyring.load(self._path)
+        if ring.database_key() == self.database_key():  # else another ring lies there now
+            self._keys = {**ring._keys, **self._keys}  # noqa: SLF001 - of our own class
 
     def database_key(self) -> bytes:
         """Return the 32 bytes that the database is encrypted with; they stay the same when keys are added."""
@@ -172,7 +186,7 @@ class FileKeyring:
         return derive_key(self._secret, salt=None, info=f"dicom-node {purpose}".encode())
 
     @classmethod
-    def _parse(cls, document: Any) -> FileKeyring:
+    def _parse(cls, document: Any, path: Path) -> FileKeyring:
         if document["format"] != _FORMAT:
             raise ValueError("format")
         keys = {
@@ -181,7 +195,7 @@ class FileKeyring:
         }
         if document["primary"] not in keys or not all(key_id.isascii() for key_id in keys):
             raise ValueError("primary")
-        return cls(keys, document["primary"], _secret(document["secret"]))
+        return cls(keys, document["primary"], _secret(document["secret"]), path)
 
     def with_new_key(self) -> FileKeyring:
         """Return a ring of the same keys and one more, which is primary."""

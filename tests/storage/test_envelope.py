@@ -393,6 +393,30 @@ def test_create_add_load(tmp_path: Path) -> None:
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
+def test_a_loaded_ring_learns_what_was_added(tmp_path: Path) -> None:
+    """A process that runs opens what one started after `keys add` sealed; a foreign ring in the file's place teaches it nothing."""
+    path = tmp_path / "ring.json"
+    FileKeyring.create(path)
+    running = FileKeyring.load(path)
+    before = running.primary_key_id
+    FileKeyring.add(path)
+    started = FileKeyring.load(path)
+    sealed, _ = seal(started, b"new")
+    assert open_all(running, sealed) == b"new"
+    assert running.primary_key_id == before
+    latest = FileKeyring.add(path)
+    sealed, _ = seal(FileKeyring.load(path), b"newer")
+    kept = path.rename(tmp_path / "kept.json")
+    with pytest.raises(Unavailable, match="no key ring"):
+        open_all(running, sealed)
+    FileKeyring.create(path)
+    with pytest.raises(IntegrityError, match="not in the ring"):
+        open_all(running, sealed)
+    kept.replace(path)
+    assert open_all(running, sealed) == b"newer"
+    assert latest in {key.key_id for key in running.keys()}  # noqa: SIM118 - no mapping
+
+
 def test_ring_is_for_its_owner_only(tmp_path: Path) -> None:
     """The file is made 0600 whatever the umask; one that others can read is refused with the remedy."""
     path = tmp_path / "ring.json"
