@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ FORBIDDEN_KEYS = frozenset(
     }
 )  # fmt: skip
 LONGEST_VALUE = 500
+COUNTER_BYTES = 262_144
+"""Of each counter file; far more than all series of one process take."""
 PACKAGES = ("dicomweb", "inference", "storage")
 """Ours that speak by the standard library, so that they know nothing of how a node writes its log."""
 LIBRARIES = ("aiohttp", "alembic", "asyncio", "boto3", "botocore", "pydicom", "pynetdicom", "s3transfer", "sqlalchemy", "urllib3")
@@ -67,7 +70,9 @@ def configure_logging(*, form: str, level: str, role: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=not console),
     ]
-    renderer: Any = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
+    # Plain tracebacks: the console's own ones print the local variables of every frame, keys and patient data among them.
+    on_console = partial(structlog.dev.ConsoleRenderer, exception_formatter=structlog.dev.plain_traceback)
+    renderer: Any = on_console(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
     closing: list[Any] = [redact, renderer] if console else [structlog.processors.format_exc_info, redact, renderer]
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
@@ -100,6 +105,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
+        _allocate()
         registry = CollectorRegistry()
         self._instances = Counter("dicom_node_instances", "Instances by door and outcome.", ["door", "outcome"], registry=registry)
         self._bytes = Counter("dicom_node_received_bytes", "Data set bytes of stored instances.", ["door"], registry=registry)
@@ -141,6 +147,19 @@ class Metrics:
     def seconds(self, step: str, value: float) -> None:
         """A step took this long."""
         self._seconds.labels(step).observe(value)
+
+
+def _allocate() -> None:
+    """Give the counter files of this process their blocks now: they are written through a memory map, where a full disk kills by SIGBUS."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if not folder:
+        return
+    for kind in ("counter", "histogram"):
+        descriptor = os.open(Path(folder) / f"{kind}_{os.getpid()}.db", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, COUNTER_BYTES)
+        finally:
+            os.close(descriptor)
 
 
 def prepare_metrics(folder: Path) -> None:
