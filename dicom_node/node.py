@@ -228,12 +228,12 @@ def serve(settings: Settings, config_file: Path | None) -> None:
     data_dir = settings.node.data_dir
     try:
         _folder(data_dir)
-        prepare_metrics(_folder(data_dir / "run") / "metrics")
-        lock = _lock(data_dir / "run" / "node.lock")
+        lock = _lock(_folder(data_dir / "run") / "node.lock")
     except OSError as error:
         raise StartError(f"node.data_dir: {data_dir} cannot be used ({error.strerror}); name a folder this user may write") from error
     configure_logging(form=settings.logging.format, level=settings.logging.level, role="node")
     try:
+        prepare_metrics(data_dir / "run" / "metrics")  # behind the lock: the counters of a node that runs are not ours to empty
         _ensure_keys(settings)
         ring = FileKeyring.load(settings.ring_file)
         database = Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())

@@ -64,7 +64,8 @@ class Supervisor:
         """Role (numbered where there are several) -> ready, starting or down, for people and /readyz."""
         states: dict[str, str] = {}
         for number, child in enumerate(self._children):
-            running = child.process is not None and child.process.poll() is None
+            process = child.process  # the other thread may forget it meanwhile
+            running = process is not None and process.poll() is None
             states[f"{child.role}-{number}"] = "ready" if running and child.ready else "starting" if running else "down"
         return states
 
@@ -101,11 +102,22 @@ class Supervisor:
             cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             log.error("process.ended", process=child.role, cause=cause, restart_in_s=round(child.delay_s, 1))
         if now >= child.restart_at:
-            self._start(child, now)
+            try:
+                self._start(child, now)
+            except OSError as error:  # no process, memory or descriptor to be had: the others go on, and this one is tried again
+                self._close(child)
+                child.delay_s = min(child.delay_s * 2, LONGEST_DELAY_S)
+                child.restart_at = now + child.delay_s
+                reason = error.strerror or type(error).__name__
+                log.warning("process.not_started", process=child.role, reason=reason, restart_in_s=round(child.delay_s, 1))
 
     def _start(self, child: Child, now: float) -> None:
         lifeline_read, child.lifeline = os.pipe()
-        child.status, status_write = os.pipe()
+        try:
+            child.status, status_write = os.pipe()
+        except OSError:
+            os.close(lifeline_read)
+            raise
         command = [sys.executable, "-m", "dicom_node", "serve", "--role", child.role,
                    "--lifeline", str(lifeline_read), "--status", str(status_write)]  # fmt: skip
         if self._config is not None:
