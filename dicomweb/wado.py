@@ -36,6 +36,8 @@ DICOM = "application/dicom"
 _FRAME_LIST = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 _BULK_PATH = re.compile(r"[0-9A-Fa-f]{8}(/[1-9][0-9]{0,6}/[0-9A-Fa-f]{8}){0,64}")
 _ALL_FRAMES = 100_000
+_WRITE = 65_536
+"""Bytes that a client must take within the idle time."""
 Part = tuple[str, Callable[[], Iterator[bytes]]]
 """Content-Type and content of a part of an answer."""
 
@@ -226,8 +228,9 @@ class Retrieve:
             piece = await pool.run(next, pieces, b"")
             await response.prepare(request)
             while piece:
-                async with asyncio.timeout(limits.idle_s):
-                    await response.write(piece)
+                for start in range(0, len(piece), _WRITE):  # a slow reader needs time for every piece, and gets it for each of these
+                    async with asyncio.timeout(limits.idle_s):
+                        await response.write(piece[start : start + _WRITE])
                 piece = await pool.run(next, pieces, b"")
             await response.write_eof()
         except (StorageError, ConnectionError, TimeoutError) as error:
