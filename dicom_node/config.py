@@ -168,7 +168,7 @@ class DeliverySection(Section):
     """Reports on their way out."""
 
     enabled: bool = Field(default=True, description="Send reports to peers.")
-    attempts: int = Field(60, ge=1, description="Tries of one report at one peer before it waits for `dicom-node requeue`.")
+    attempts: int = Field(100, ge=1, description="Tries of one report at one peer, over three days, before `dicom-node requeue` is needed.")
     first_delay_s: float = Field(5.0, gt=0, description="Wait after the first failed try; doubles with each.")
     longest_delay_s: float = Field(3600.0, gt=0, description="Longest wait between tries.")
     timeout_s: float = Field(30.0, gt=0, description="Seconds a peer may take to answer.")
