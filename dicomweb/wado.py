@@ -12,8 +12,11 @@ DICOM PS3.18 Section 10.4 Retrieve Transaction
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import re
+import struct
+import termios
 from collections.abc import Callable, Iterator, Sequence
 
 from aiohttp import web
@@ -36,8 +39,8 @@ DICOM = "application/dicom"
 _FRAME_LIST = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 _BULK_PATH = re.compile(r"[0-9A-Fa-f]{8}(/[1-9][0-9]{0,6}/[0-9A-Fa-f]{8}){0,64}")
 _ALL_FRAMES = 100_000
-_WRITE = 65_536
-"""Bytes that a client must take within the idle time."""
+_SLOWEST = 1024
+"""Bytes a second that a client must take."""
 Part = tuple[str, Callable[[], Iterator[bytes]]]
 """Content-Type and content of a part of an answer."""
 
@@ -228,9 +231,7 @@ class Retrieve:
             piece = await pool.run(next, pieces, b"")
             await response.prepare(request)
             while piece:
-                for start in range(0, len(piece), _WRITE):  # a slow reader needs time for every piece, and gets it for each of these
-                    async with asyncio.timeout(limits.idle_s):
-                        await response.write(piece[start : start + _WRITE])
+                await _write(request, response, piece, limits.idle_s)
                 piece = await pool.run(next, pieces, b"")
             await response.write_eof()
         except (StorageError, ConnectionError, TimeoutError) as error:
@@ -248,6 +249,37 @@ class Retrieve:
             if close is not None:
                 await pool.run(close)
         return response
+
+
+async def _write(request: web.Request, response: web.StreamResponse, piece: bytes, idle_s: float) -> None:
+    """Write a piece, for as long as the client goes on taking some of it in every idle time.
+
+    How long a piece takes says nothing: the kernel lets us write on only when a good part of its buffer is free, which may be megabytes.
+
+    Raises
+    ------
+    TimeoutError
+        It took less than the slowest rate.
+    """
+    left = _on_the_way(request) + len(piece)
+    writing = asyncio.ensure_future(response.write(piece))
+    try:
+        while not (await asyncio.wait({writing}, timeout=idle_s))[0]:
+            before, left = left, _on_the_way(request)
+            if before - left < idle_s * _SLOWEST:
+                raise TimeoutError("the client does not read")
+        await writing
+    finally:
+        writing.cancel()
+
+
+def _on_the_way(request: web.Request) -> int:
+    """Bytes of the answer that the client has not acknowledged: in our buffer and in the kernel's."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client is gone")
+    (queued,) = struct.unpack("i", fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4)))
+    return int(queued) + transport.get_write_buffer_size()
 
 
 def _hang_up(request: web.Request) -> None:

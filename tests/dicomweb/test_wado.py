@@ -427,14 +427,14 @@ def test_a_damaged_instance_is_no_short_answer(doors: Doors) -> None:
 def test_a_client_that_reads_slowly(doors: Doors) -> None:
     """A reader that needs far longer than the idle time for a piece of ours, but never pauses so long, gets all of it."""
     door = doors(limits=WebLimits(idle_s=1.0))
-    sample = put(door, photograph(rows=1600, columns=1600))
+    sample = put(door, photograph(rows=3000, columns=3000))
     with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
         connection.settimeout(20)
         connection.connect(("127.0.0.1", door.port))
         connection.sendall(f"GET /dicomweb{path_of(sample)} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
         received = bytearray()
-        for _ in range(120):
+        for _ in range(160):
             received += connection.recv(16_384)
             time.sleep(0.05)  # about 300 kB/s
         while piece := connection.recv(1 << 20):
