@@ -34,10 +34,12 @@ from storage.errors import StorageError, Unavailable
 from storage.failpoints import failpoint_from_environment
 from storage.index import Index
 from storage.objects import DirectoryStore, ObjectStore
-from storage.records import JobKind, Limits, NewJob, Origin, Summary
+from storage.records import AuditEvent, Job, JobKind, Limits, NewJob, Origin, Summary
 from storage.work import DEFAULT_ATTEMPTS, WorkQueue
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from inference.bundle import ModelBundle
     from inference.report import NodeIdentity
 
@@ -142,7 +144,13 @@ def storage(settings: Settings) -> Iterator[StorageParts]:
         index = Index(database=database)
         audit = AuditTrail(database=database)
         attempts = {**DEFAULT_ATTEMPTS, JobKind.DELIVER: settings.delivery.attempts}
-        queue = WorkQueue(database=database, lease_s=settings.node.lease_s, attempts=attempts, delay=growing_delay(settings))
+        queue = WorkQueue(
+            database=database,
+            lease_s=settings.node.lease_s,
+            attempts=attempts,
+            delay=growing_delay(settings),
+            exhausted=partial(_record_exhausted, audit),
+        )
 
         def jobs_for(summary: Summary, _origin: Origin) -> Sequence[NewJob]:
             wanted = settings.inference.enabled and analysable(summary)
@@ -184,6 +192,14 @@ def peers_of(settings: Settings) -> Peers:
         Peer(name=peer.name, ae_title=peer.ae_title, host=peer.host, port=peer.port, accept=peer.accept, deliver=peer.deliver)
         for peer in settings.peers
     ])  # fmt: skip
+
+
+def _record_exhausted(audit: AuditTrail, connection: Connection, job: Job, reason: str) -> None:
+    """Write into the audit trail, and the log, that a job is dead whose workers died before they could say so themselves."""
+    action = "analysis.refused" if job.kind is JobKind.ANALYSE else "delivery.given_up"
+    detail = {"job": job.id, "attempts": job.attempts, "lane": job.lane}
+    audit.append(connection, AuditEvent(action=action, outcome=reason, actor="node", subject=job.sop_instance_uid, detail=detail))
+    log.error("job.dead", job=job.id, kind=str(job.kind), reason=reason)
 
 
 # Every process of the node imports this file; what only some of them need, or only at times, is imported where it is used, since a

@@ -182,6 +182,8 @@ class WorkQueue:
         The longest that anything is planned ahead; `delay` is cut to it.
     monotonic
         Seconds of a clock that never steps.
+    exhausted
+        Told, in the transaction, of a job that is dead because its workers died over it, with the reason: none of them can record it.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class WorkQueue:
         delay: Callable[[int], float] = growing_delay,
         horizon_s: float = 4500.0,
         monotonic: Callable[[], float] = time.monotonic,
+        exhausted: Callable[[Connection, Job, str], None] = lambda _connection, _job, _reason: None,
     ) -> None:
         self._database = database
         self._clock = clock
@@ -202,6 +205,7 @@ class WorkQueue:
         self._delay = delay
         self._horizon = max(int(horizon_s * 1_000_000), self._lease)
         self._monotonic = monotonic
+        self._exhausted = exhausted
         self._lock = threading.Lock()
         self._latest: tuple[int, float] | None = None
 
@@ -288,7 +292,9 @@ class WorkQueue:
             if row is None:
                 return None
             if row.state == JobState.CLAIMED and row.attempts >= self._limit(kind):
-                self._take(connection, Step.EXHAUST, row.id, row.lease_token, self._ended(f"{row.attempts} workers died or hung over it"))
+                reason = f"{row.attempts} workers died or hung over it"
+                self._take(connection, Step.EXHAUST, row.id, row.lease_token, self._ended(reason))
+                self._exhausted(connection, _job(row), reason)
                 continue
             step = Step.RECLAIM if row.state == JobState.CLAIMED else Step.CLAIM
             now = self._now()
