@@ -236,6 +236,19 @@ def requeue(
 
 
 @app.command()
+def quarantine(config_file: ConfigOption = None) -> None:
+    """List what was put aside: instances whose UID was known with other content, or whose study belongs to another patient."""
+    from dicom_node import node, tracing  # noqa: PLC0415
+
+    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
+        kept = parts.index.quarantined()
+        for one in kept:
+            for line in tracing.quarantined(one.record, one.reason, one.quarantined_at):
+                typer.echo(line)
+        err.print(f"{len(kept)} in quarantine", style="dim")
+
+
+@app.command()
 def verify(config_file: ConfigOption = None) -> None:
     """Re-read every object: digests against the index, both directions, and the audit chain."""
     from dicom_node import node  # noqa: PLC0415
@@ -254,10 +267,16 @@ def verify(config_file: ConfigOption = None) -> None:
 @keys_app.command("init")
 def keys_init(config_file: ConfigOption = None) -> None:
     """Make the key ring with a first key."""
+    from dicom_node.node import database_file  # noqa: PLC0415
     from storage.envelope import FileKeyring  # noqa: PLC0415
 
     with faults_as_sentences():
-        path = _settings(config_file).ring_file
+        settings = _settings(config_file)
+        path = settings.ring_file
+        if database_file(settings).exists():
+            raise fail(
+                f"{database_file(settings)} was made with another ring: put the copy of that ring to {path}; a new one opens nothing"
+            )
         ring = FileKeyring.create(path)
         typer.echo(f"{path}: made, key {ring.primary_key_id}. Keep a copy in a safe place: without it nothing stored here can be read.")
 
@@ -281,7 +300,8 @@ def keys_list(config_file: ConfigOption = None) -> None:
     with faults_as_sentences():
         table = Table("key", "made", "use")
         for key in FileKeyring.load(_settings(config_file).ring_file).keys():  # noqa: SIM118 - a list of what may be shown
-            table.add_row(key.key_id, key.created_at.isoformat(timespec="seconds"), "new and old objects" if key.primary else "old objects")
+            use = "primary: new objects, once the node has seen it" if key.primary else "older objects"
+            table.add_row(key.key_id, key.created_at.isoformat(timespec="seconds"), use)
         out.print(table)
 
 

@@ -21,7 +21,7 @@ from dicom_node.dimse.scu import Outcome, Sendable, Stored
 from dicom_node.errors import PeerUnreachable, Refused
 from storage.errors import LeaseLost, StorageError
 from storage.failpoints import unarmed
-from storage.records import Job, JobKind, Summary
+from storage.records import Job, JobKind, JobState, Summary
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -207,13 +207,18 @@ class Courier:
     def _failed(self, leases: Leases, job: Job, error: Refused | PeerUnreachable | StorageError | Any) -> None:
         if not leases.drop(job):
             return
-        log.warning("delivery.failed", job=job.id, peer=job.lane, reason=str(error), retryable=error.retryable)
         self._observe("delivery.failed", peer=job.lane, retryable=error.retryable)
+        comment = getattr(error, "comment", "")
         try:
-            comment = getattr(error, "comment", "")
-            self._queue.fail(job, f"{error} [{comment}]" if comment else str(error), retryable=error.retryable)
+            state = self._queue.fail(job, f"{error} [{comment}]" if comment else str(error), retryable=error.retryable)
         except LeaseLost:
             log.warning("delivery.lease_lost", job=job.id, peer=job.lane)
+            return
+        if state is JobState.DEAD:
+            remedy = f"dicom-node requeue {job.id}"
+            log.error("delivery.given_up", job=job.id, peer=job.lane, attempt=job.attempts, reason=str(error), remedy=remedy)
+        else:
+            log.warning("delivery.failed", job=job.id, peer=job.lane, attempt=job.attempts, reason=str(error))
 
 
 class Leases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -64,22 +65,33 @@ def _space(settings: Settings) -> Finding:
 
 
 def _keys(settings: Settings) -> Finding:
-    from storage.envelope import FileKeyring  # noqa: PLC0415 - cryptography loads only when looked at
+    from dicom_node.node import database_file  # noqa: PLC0415 - what is not looked at is not loaded
+    from storage.database import Database  # noqa: PLC0415
+    from storage.envelope import FileKeyring  # noqa: PLC0415
 
     path = settings.ring_file
     if not path.exists():
-        if (settings.node.data_dir / "index.db").exists():
+        if database_file(settings).exists():
             text = f"{path} is missing although data exists; put the ring's copy back: without it nothing can be read"
             return Finding("keys", passed=False, text=text)
         return Finding("keys", passed=True, text=f"{path} will be made at the first start; keep a copy of it elsewhere")
     try:
-        FileKeyring.load(path)
+        ring = FileKeyring.load(path)
+        if not database_file(settings).exists():
+            return Finding("keys", passed=True, text=f"{path} is readable for us alone")
+        database = Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())
+        try:
+            with database.read():
+                pass
+        finally:
+            database.close()
     except StorageError as error:
         return Finding("keys", passed=False, text=str(error))
-    return Finding("keys", passed=True, text=f"{path} is readable for us alone")
+    return Finding("keys", passed=True, text=f"{path} is readable for us alone, and opens the database")
 
 
 def _ports(settings: Settings) -> Iterator[Finding]:
+    running = _running(settings.node.data_dir / "run" / "node.lock")
     for name, section in (("dimse", settings.dimse), ("dicomweb", settings.dicomweb), ("admin", settings.admin)):
         if not section.enabled:
             continue
@@ -90,10 +102,25 @@ def _ports(settings: Settings) -> Iterator[Finding]:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:
-            text = f"{section.host}:{section.port} cannot be listened on ({error.strerror}); does a node run already? Else choose another"
+            if running:
+                yield Finding(subject, passed=True, text=f"{section.host}:{section.port} is in use by the running node (process {running})")
+                continue
+            text = f"{section.host}:{section.port} cannot be listened on ({error.strerror}); stop what uses it, or choose another"
             yield Finding(subject, passed=False, text=text)
         else:
             yield Finding(subject, passed=True, text=f"{section.host}:{section.port} is free")
+
+
+def _running(lock: Path) -> str:
+    """Process id of the node that runs on this folder; empty when none does."""
+    try:
+        with lock.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return lock.read_text(encoding="ascii", errors="replace").strip() or "unknown"
+    except OSError:
+        return ""
+    return ""
 
 
 def _store(settings: Settings) -> Finding:
@@ -112,9 +139,11 @@ def _models(settings: Settings) -> Iterator[Finding]:
         return
     from dicom_node.node import model_bundles  # noqa: PLC0415
     from inference.errors import InferenceError  # noqa: PLC0415
+    from inference.runner import ModelRunner  # noqa: PLC0415
 
     try:
         bundles = model_bundles(settings)
+        ModelRunner(bundles, threads=1, device=settings.inference.device)  # builds each network and loads its weights, as a worker does
     except InferenceError as error:
         yield Finding("inference.bundles", passed=False, text=str(error))
         return
@@ -123,12 +152,18 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 
 def _peers(settings: Settings) -> Iterator[Finding]:
-    for peer in settings.peers:
-        if peer.host == "*":
+    from dicom_node.dimse.scu import StorageSCU  # noqa: PLC0415
+    from dicom_node.errors import DeliveryError  # noqa: PLC0415
+    from dicom_node.node import peers_of  # noqa: PLC0415
+
+    scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=5.0)
+    for peer in peers_of(settings):
+        if not peer.callable or not peer.port:
+            yield Finding(f"peer {peer.name}", passed=True, text=f"{peer.ae_title} may call; it is never called: it has no host and port")
             continue
         try:
-            socket.getaddrinfo(peer.host, None)
-        except OSError as error:
-            yield Finding(f"peer {peer.name}", passed=False, text=f"host {peer.host} has no address ({error.strerror}); correct peers.host")
+            scu.echo(peer)
+        except DeliveryError as error:
+            yield Finding(f"peer {peer.name}", passed=False, text=f"{error}; reports wait until it answers")
         else:
-            yield Finding(f"peer {peer.name}", passed=True, text=f"{peer.ae_title} at {peer.host}:{peer.port or '(never called)'}")
+            yield Finding(f"peer {peer.name}", passed=True, text=f"{peer.ae_title} at {peer.host}:{peer.port} answers C-ECHO")

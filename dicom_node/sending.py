@@ -239,6 +239,10 @@ def _store(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[An
     try:
         for item, outcome in zip(items, (outcome for _, outcome in scu.store(peer, items)), strict=False):
             match outcome:
+                case Stored(status=0x0111, comment=comment):
+                    # For a delivery this means that the peer has it; for a sender, that something of this UID was there before.
+                    text = f"refused, 0x0111 Duplicate SOP Instance: {comment or 'an instance of this UID is stored there'}"
+                    answers.append(Answer(item.source, item.sop_instance_uid, stored=False, text=text))
                 case Stored(status=status, comment=comment):
                     text = "stored" if status == 0 else f"stored with warning 0x{status:04X} {comment}".rstrip()
                     answers.append(Answer(item.source, item.sop_instance_uid, stored=True, text=text))
@@ -247,7 +251,7 @@ def _store(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[An
             progress(len(answers), len(items))
     except PeerUnreachable as error:
         if not answers:
-            raise SendError(f"{error}; is the node running? Start it with `make run` or name another with --to") from error
+            raise SendError(str(error)) from error
         answers += [Answer(item.source, item.sop_instance_uid, stored=False, text=f"not sent: {error}") for item in items[len(answers) :]]
     answers += [
         Answer(item.source, item.sop_instance_uid, stored=False, text="not sent: the association ended before it; send it again")

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydicom.uid import UID
 
+from storage.records import InstanceRecord
+
 Told = Mapping[str, Any]
 STATES = {"ready": "waits", "claimed": "under way", "done": "done", "dead": "given up"}
 DOORS = {"dimse": "C-STORE", "dicomweb": "STOW-RS", "node": "made here"}
@@ -25,6 +27,17 @@ def lines(found: Told) -> Iterator[str]:
     if not found["instances"]:
         for event in found["audit"]:
             yield f"  {_moment(event['at'])}  {event['action']}: {event['outcome']} ({event['actor']})"
+
+
+def quarantined(record: InstanceRecord, reason: str, since: datetime) -> Iterator[str]:
+    """Lay out one instance in quarantine."""
+    summary, origin = record.summary, record.origin
+    yield f"instance {summary.sop_instance_uid}"
+    yield f"  study     {summary.study_instance_uid}"
+    sender = origin.calling_ae_title or origin.address
+    yield f"  since     {since:%Y-%m-%d %H:%M:%S} UTC, by {DOORS.get(origin.door, origin.door)} from {sender}"
+    yield f"  object    {record.sealed.object_key}, digest {summary.sha256}"
+    yield f"  reason    {reason}"
 
 
 def _instance(instance: Told) -> Iterator[str]:
@@ -46,7 +59,7 @@ def _instance(instance: Told) -> Iterator[str]:
         for delivery in report["deliveries"]:
             yield f"      to {delivery['lane']}: {_delivery(delivery)}"
         if not report["deliveries"]:
-            yield "      not sent: the sender is no peer that takes it, and no route names one; here by WADO-RS"
+            yield "      not sent: the sender is no peer that takes it, and no route named one (after adding one: requeue the analysis)"
     times = len(instance["audit"])
     yield f"    audit     {times} event{'s' if times != 1 else ''}; --json shows them"
 
@@ -55,9 +68,8 @@ def _job(job: Told) -> Iterator[str]:
     label = "analysis" if job["kind"] == "analyse" else job["kind"]
     result = job["result"]
     text = f"{STATES[job['state']]}, attempt {job['attempts']}" if job["attempts"] else STATES[job["state"]]
-    if job["state"] == "done" and job["finished_at"] and job["first_claimed_at"]:
-        seconds = (_parsed(job["finished_at"]) - _parsed(job["first_claimed_at"])).total_seconds()
-        text = f"{result.get('outcome', 'done')} after {seconds:.1f} s"
+    if job["state"] == "done":
+        text = f"{result.get('outcome', 'done')} at {_moment(job['finished_at'])}"
     yield f"    {label:<9} {text} (job {job['id']})"
     if job["reason"]:
         yield f"      last attempt: {job['reason']}"
@@ -73,7 +85,7 @@ def _job(job: Told) -> Iterator[str]:
 def _delivery(job: Told) -> str:
     if job["state"] == "done":
         return f"arrived {_moment(job['finished_at'])}, answered {job['result'].get('status', '')}"
-    text = STATES[job["state"]] + (f" after {job['attempts']} attempts" if job["attempts"] else "")
+    text = STATES[job["state"]] + (f" after {job['attempts']} attempt{'s' if job['attempts'] != 1 else ''}" if job["attempts"] else "")
     if job["state"] == "ready" and job["attempts"]:
         text += f", again at {_moment(job['available_at'])}"
     if job["reason"]:

@@ -200,7 +200,7 @@ class ModelRunner:
             band=quality_band(score),
             acceptable=acceptable(score, threshold),
             threshold=threshold,
-            algorithm=model.bundle.algorithm(f"threshold {threshold:g}; measured limits: {', '.join(sorted(card.limits)) or 'none'}"),
+            algorithm=model.bundle.algorithm(f"measured limits: {', '.join(sorted(card.limits)) or 'none'}"),
         )
 
     def domain(self, frame: Picture) -> Domain:
@@ -223,7 +223,7 @@ class ModelRunner:
             confidence=min(confidence, 1.0),
             modality=modality,
             threshold=threshold,
-            algorithm=model.bundle.algorithm(f"threshold {threshold:g}"),
+            algorithm=model.bundle.algorithm(),
         )
 
     def diagnosis(self, frame: Picture) -> tuple[Diagnosis, tuple[Indicator, ...]]:
@@ -257,7 +257,7 @@ class ModelRunner:
                     probability=probability,
                     threshold=threshold,
                     positive=probability >= threshold,
-                    algorithm=model.bundle.algorithm(f"matrix of the bundle; threshold {threshold:g}"),
+                    algorithm=model.bundle.algorithm("matrix of the bundle"),
                 )
             )
         return diagnosis, tuple(found)

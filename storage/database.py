@@ -502,11 +502,11 @@ def ours(error: BaseException) -> BaseException:
         case code if code == _NOTADB:
             made = IntegrityError(
                 "the key does not open the database, or its first page is damaged: check that the key ring is the one it was made with; "
-                "if it is, restore the database or rebuild it with dicom-node reindex"
+                "if it is, restore the data directory from its copy"
             )
         case code if code == _CORRUPT:
             made = IntegrityError(
-                "pages of the database are damaged: check the disk, then restore it or rebuild it with dicom-node reindex"
+                "pages of the database are damaged: check the disk, then restore the data directory from its copy"
             )
         case code if code == _CONSTRAINT:
             made = IntegrityError("the database refused a change that contradicts what it holds")

@@ -290,16 +290,17 @@ class AdmittingACSE(ACSE):
 
     def _negotiate_as_acceptor(self) -> None:
         request = self.assoc.proposal
+        titles = {"calling_ae_title": request.calling_ae_title, "called_ae_title": request.called_ae_title}
         rejection = self.assoc.door.admit(self.assoc, request.calling_ae_title, request.called_ae_title)
         if rejection is not None:
-            log.warning("association.rejected", reason=rejection.reason, address=self.assoc.address)
+            log.warning("association.rejected", reason=rejection.reason, address=self.assoc.address, **titles)
             self.assoc.door.observe("association.rejected", reason=rejection.reason)
             self.send_reject(rejection.result, rejection.source, rejection.diagnostic)
             self.assoc.is_rejected = True
             self.assoc.kill()
             return
         name = self.assoc.peer.name if self.assoc.peer is not None else ""
-        log.info("association.accepted", peer=name, address=self.assoc.address)
+        log.info("association.accepted", peer=name, address=self.assoc.address, **titles)
         self.assoc.door.observe("association.accepted", peer=name)
         self.acceptor.supported_contexts = self.assoc.door.supported(request.presentation_context_definition_list)
         super()._negotiate_as_acceptor()

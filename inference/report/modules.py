@@ -42,7 +42,7 @@ class ObjectIdentity:
             (0x00080060, "CS", modality),
             (0x00080070, "LO", shortened(self.node.manufacturer) or "-"),
             (0x00080201, "SH", now.offset),
-            (0x0008103E, "LO", shortened(f"AI dermatology: {kind} {self.profile}")),
+            (0x0008103E, "LO", shortened(f"AI, not for clinical use: {self.profile} {kind}")),
             (0x00081090, "LO", shortened(self.node.model_name) or "-"),
             (0x00181000, "LO", shortened(self.node.serial_number) or "-"),
             (0x00181020, "LO", shortened(self.node.software_version) or "-"),

@@ -266,8 +266,11 @@ class ReportTree:
                 CONTAINS, codes.CONCLUSION, f"Frame {frame.frame_number}: {sentence}" if self._source.multi_frame else sentence
             )
 
+    def _disclaimer(self) -> Item:
+        """First of all conclusions: many viewers show the beginning of a list, or of a line."""
+        return self._items.text(CONTAINS, codes.COMMENT, wording.DISCLAIMER)
+
     def _remarks(self, analysis: ImageAnalysis) -> Iterator[Item]:
-        yield self._items.text(CONTAINS, codes.COMMENT, wording.DISCLAIMER)
         for line in wording.failures(analysis):
             yield self._items.text(CONTAINS, codes.COMMENT, line)
         if self._source.notes:
@@ -283,6 +286,7 @@ class ReportTree:
         """Tree of the summary document: gates, diagnoses, indicators, conclusions."""
         groups = [group for frame in analysis.frames for group in self._frame_groups(frame)]
         evaluations = [
+            self._disclaimer(),
             *self._verdicts(analysis.frames),
             *self._lines(analysis.frames),
             *self._full_titles(analysis.frames),
@@ -294,7 +298,7 @@ class ReportTree:
         """Tree of the findings document: one group a region."""
         count = len(outlines)
         sentence = f"{count} skin lesion outlined." if count == 1 else f"{count} skin lesions outlined."
-        evaluations = [self._items.text(CONTAINS, codes.CONCLUSION, sentence), *self._remarks(analysis)]
+        evaluations = [self._disclaimer(), self._items.text(CONTAINS, codes.CONCLUSION, sentence), *self._remarks(analysis)]
         return self._document([self._lesion(outline) for outline in outlines], evaluations)
 
     def scheme_identification(self) -> list[list[Element]]:

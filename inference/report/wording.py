@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inference.records import Failure, FrameAnalysis, ImageAnalysis, Indicator
 
-DISCLAIMER = "AI result, not verified by a clinician. Reference models: not for clinical use."
+DISCLAIMER = "Not for clinical use: reference models. AI result, not verified by a clinician."
 
 _INDICATOR_NAMES = {"malignancy": "malignancy", "urgent_referral": "urgent referral", "high_priority_referral": "high-priority referral"}
 

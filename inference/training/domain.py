@@ -206,7 +206,7 @@ def main() -> None:
     low = np.quantile(confidence[known & (labels != 2)], 0.02)
     high = np.quantile(confidence[known & (labels == 2)], 0.98)
     tail = [float(np.log(value / (1 - value))) for value in np.clip([low, high], 1e-4, 1 - 1e-4)]
-    threshold = round(float(np.clip(1 / (1 + np.exp(-np.mean(tail))), 0.2, 0.8)), 3)
+    threshold = round(float(np.clip(1 / (1 + np.exp(-np.mean(tail))), 0.5, 0.8)), 3)
     fit.say(f"validation tails {low:.4f} {high:.4f}, threshold {threshold}")
     tested = splits == "test"
     figures: dict[str, Any] = {

@@ -145,12 +145,12 @@ def test_summary_concludes_for_people_and_machines() -> None:
         "Urgent referral suggested": "Yes",
         "High-priority referral suggested": "No",
     }
-    assert texts(summary)[0] == (
+    assert texts(summary)[1] == (
         "Most likely: melanocytic naevus 81.2 %; malignancy 10.0 %, below the threshold (20 %); "
         "urgent referral 31.0 %, above the threshold (30 %); high-priority referral 10.0 %, below the threshold (30 %); 2 lesions outlined."
     )
     for kind in ("summary", "findings"):
-        assert "AI result, not verified by a clinician. Reference models: not for clinical use." in texts(read(reports[kind]))
+        assert texts(read(reports[kind]))[0] == "Not for clinical use: reference models. AI result, not verified by a clinician."
 
 
 def test_every_group_names_model_and_thresholds() -> None:
@@ -342,7 +342,7 @@ def test_refusal_is_a_result(quality: bool, domain: bool, sentence: str, evaluat
     ds = read(reports["summary"])
     assert [finding(group) for group in groups(ds)] == ["image-quality", "image-domain"]
     assert ds.CompletionFlag == "COMPLETE"
-    assert texts(ds)[0] == sentence
+    assert texts(ds)[1] == sentence
     assert evaluations(ds)[evaluation[0]].startswith(evaluation[1])
     assert set(evaluations(ds)) == {"Quality Assessment", "Image domain"}
 
@@ -361,7 +361,7 @@ def test_nothing_computed_is_still_a_report() -> None:
     """Without gates and without groups the summary says so; highdicom does not read a report without measurements, pydicom does."""
     analysis = ImageAnalysis((FrameAnalysis(1, 120, 160),), 1, (Failure("quality", "no bundle"),))
     ds = read(built(analysis)["summary"])
-    assert texts(ds)[0] == "Not analysed: image quality could not be determined; image domain could not be determined."
+    assert texts(ds)[1] == "Not analysed: image quality could not be determined; image domain could not be determined."
     assert ds.CompletionFlag == "PARTIAL"
 
 
@@ -377,7 +377,7 @@ def test_frames_are_told_apart() -> None:
     regions = [group.roi for group in sr(reports["findings"]).get_planar_roi_measurement_groups()]
     assert [roi.ContentSequence[0].ReferencedSOPSequence[0].ReferencedFrameNumber for roi in regions] == [1, 3, 3]
     assert (findings.CompletionFlag, findings.CompletionFlagDescription) == ("PARTIAL", "2 of 5 frames analysed")
-    assert texts(summary)[0].startswith("Frame 1: Most likely")
+    assert texts(summary)[1].startswith("Frame 1: Most likely")
     segmentation = highdicom.seg.segread(draw.part10(reports["segmentation"]))
     pixels = segmentation.get_pixels_by_source_frame(source.SOPInstanceUID, [1, 2, 3], assert_missing_frames_are_empty=True).any(axis=-1)
     np.testing.assert_array_equal(pixels[0], draw.disc(120, 160, 40, 50, 25))
@@ -425,7 +425,7 @@ def test_header() -> None:
     schemes = {item.CodingSchemeDesignator: item for item in ds.CodingSchemeIdentificationSequence}
     assert set(schemes) == {"99DERMNODE", "99ICD11"}
     assert schemes["99ICD11"].CodingSchemeUID == "2.16.840.1.113883.6.347"
-    assert ds.SeriesDescription == "AI dermatology: summary dermatology"
+    assert ds.SeriesDescription == "AI, not for clinical use: dermatology summary"
 
 
 def test_site_and_side() -> None:

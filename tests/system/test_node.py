@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
+from inference.bundle import default_bundles
 from tests.system.running_node import RunningNode, analysed, get, running_node
 
 PATIENT = ("--patient-id", "CANARY-4711", "--patient-name", "Canary^Conrad")
@@ -176,10 +179,50 @@ def test_missing_key_ring_is_refused_never_replaced(tmp_path: Path) -> None:
     refused = node.command("serve", expect=1)
     assert "key ring" in refused.stderr
     assert not ring.exists()
+    assert "made with another ring" in node.command("keys", "init", expect=1).stderr
+    assert not ring.exists()
     assert "without it nothing" in node.command("check", expect=1).stdout
     (tmp_path / "copy.json").rename(ring)
     node.start()
     assert node.stop() == 0
+
+
+def test_check_knows_the_running_node(node: RunningNode) -> None:
+    """On a node that runs, `check` is content: its ports are its own, its ring opens its database, its models load."""
+    told = node.command("check").stdout
+    assert f"127.0.0.1:{node.dimse_port} is in use by the running node (process {node.process.pid if node.process else 0})" in told
+    assert "opens the database" in told
+    assert told.count("inference.bundles") == 4
+
+
+def test_check_builds_the_networks(tmp_path: Path) -> None:
+    """A bundle whose weights do not fit its network is found before the node is started with it."""
+    shipped = {path.name: path for path in default_bundles()}
+    mixed = tmp_path / "mixed"
+    shutil.copytree(shipped["lesion-diagnosis"], mixed)
+    weights = (shipped["image-quality"] / "weights.safetensors").read_bytes()
+    (mixed / "weights.safetensors").write_bytes(weights)
+    manifest = json.loads((mixed / "manifest.json").read_text())
+    manifest["weights"]["sha256"] = hashlib.sha256(weights).hexdigest()
+    (mixed / "manifest.json").write_text(json.dumps(manifest))
+    node = RunningNode(tmp_path / "node", environ={"DICOM_NODE_INFERENCE__BUNDLES": str(mixed)})
+    told = node.command("check", expect=1).stdout
+    assert "no  inference.bundles: " in told
+    assert "weights do not fit" in told
+
+
+def test_conflict_is_refused_and_listed(node: RunningNode, tmp_path: Path) -> None:
+    """Other content under a known UID: `send` says refused by both doors, `quarantine` lists it, the first one stays."""
+    saved = node.command("send", "--demo", "--save-only", "--output", str(tmp_path), *PATIENT).stdout.strip()
+    uid = sent_uid(node.command("send", saved).stdout)
+    before = node.trace(uid)["instances"][0]["digest"]
+    data_set = pydicom.dcmread(saved)
+    data_set.StudyDescription = "changed"
+    data_set.save_as(saved)
+    assert "refused, 0x0111" in node.command("send", saved, expect=1).stdout
+    assert "refused, 0x0111" in node.command("send", saved, "--to", node.base_url, expect=1).stdout
+    assert f"instance {uid}" in node.command("quarantine").stdout
+    assert node.trace(uid)["instances"][0]["digest"] == before
 
 
 def test_unreachable_and_wrong_are_sentences(tmp_path: Path) -> None:
@@ -188,7 +231,7 @@ def test_unreachable_and_wrong_are_sentences(tmp_path: Path) -> None:
     picture = tmp_path / "notes.txt"
     picture.write_text("no picture")
     for arguments, expected in {
-        ("send", "--demo"): "is the node running?",
+        ("send", "--demo"): "did not answer",
         ("trace", "1.2.3"): "there is no archive",
         ("send", str(picture)): "neither DICOM, JPEG nor PNG",
         ("send",): "nothing to send",
