@@ -210,7 +210,7 @@ class Courier:
         self._observe("delivery.failed", peer=job.lane, retryable=error.retryable)
         comment = getattr(error, "comment", "")
         try:
-            state = self._queue.fail(job, f"{error} [{comment}]" if comment else str(error), retryable=error.retryable)
+            state = self._archive.fail(job, f"{error} [{comment}]" if comment else str(error), retryable=error.retryable)
         except LeaseLost:
             log.warning("delivery.lease_lost", job=job.id, peer=job.lane)
             return

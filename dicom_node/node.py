@@ -222,7 +222,7 @@ def _ensure_keys(settings: Settings) -> None:
     path = settings.ring_file
     if path.exists():
         return
-    if database_file(settings).exists():
+    if database_file(settings).exists() or any((settings.node.data_dir / "objects").glob("*/*")):
         raise StartError(f"the key ring {path} is missing although data exists; put its copy back: without it nothing stored can be read")
     _folder(path.parent)
     FileKeyring.create(path)
@@ -513,8 +513,6 @@ def _worker(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thr
         archive=parts.archive,
         index=parts.index,
         queue=parts.queue,
-        audit=parts.audit,
-        database=parts.database,
         pipeline=pipeline,
         reports=partial(build_reports, node=identity, schemes=schemes),
         installation_uid=installation_uid,

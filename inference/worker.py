@@ -20,18 +20,15 @@ from inference.pixels import decode_frames, source_header
 from inference.records import Failure, ImageAnalysis, Report, ReportContext, ReportReference
 from storage.errors import LeaseLost, StorageError, Unavailable
 from storage.failpoints import unarmed
-from storage.records import AuditEvent, InstanceRecord, Job, JobKind, JobState, NewReport, Origin
+from storage.records import InstanceRecord, Job, JobKind, JobState, NewReport, Origin
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from pydicom.dataset import Dataset
-    from sqlalchemy import Connection
 
     from inference.pipeline import Pipeline
     from storage.archive import Archive
-    from storage.audit import AuditTrail
-    from storage.database import Database
     from storage.index import Index
     from storage.work import WorkQueue
 
@@ -55,8 +52,8 @@ class Worker:
 
     Parameters
     ----------
-    archive, index, queue, audit, database
-        Where instances, reports, jobs and the record of refusals are.
+    archive, index, queue
+        Where instances, reports and jobs are.
     pipeline
         What runs on a picture.
     reports
@@ -87,8 +84,6 @@ class Worker:
         archive: Archive,
         index: Index,
         queue: WorkQueue,
-        audit: AuditTrail,
-        database: Database,
         pipeline: Pipeline,
         reports: Builder,
         installation_uid: str,
@@ -106,8 +101,6 @@ class Worker:
         self._archive = archive
         self._index = index
         self._queue = queue
-        self._audit = audit
-        self._database = database
         self._pipeline = pipeline
         self._reports = reports
         self._installation_uid = installation_uid
@@ -255,18 +248,8 @@ class Worker:
         self._observe("analysis.postponed")
 
     def _failed(self, job: Job, reason: str, *, retryable: bool) -> None:
-        """Note the failed attempt; with the last one the refusal goes into the audit trail, in the same transaction."""
-
-        def work(connection: Connection) -> JobState:
-            state = self._queue.fail_in(connection, job, reason, retryable=retryable)
-            if state is JobState.DEAD:
-                detail = {"job": job.id, "attempts": job.attempts}
-                event = AuditEvent(action="analysis.refused", outcome=reason, actor="node", subject=job.sop_instance_uid, detail=detail)
-                self._audit.append(connection, event)
-            return state
-
         try:
-            state = self._database.write(work)
+            state = self._archive.fail(job, reason, retryable=retryable)
         except LeaseLost:
             return
         _log.warning("analysis.failed", extra={"job": job.id, "reason": reason, "state": state.value})

@@ -30,6 +30,7 @@ from storage.records import (
     InstanceRecord,
     Job,
     JobKind,
+    JobState,
     Limits,
     NewJob,
     NewReport,
@@ -318,7 +319,7 @@ class Archive:
             action="instance.refused",
             outcome=f"0x{error.failure_reason:04X} {error}",
             actor=_actor(origin),
-            subject=announced.sop_instance_uid,
+            subject=announced.sop_instance_uid[:64],  # the peer's words, not yet known to be a UID
             detail={"door": origin.door, "address": origin.address, "sop_class_uid": announced.sop_class_uid},
         )
         try:
@@ -542,6 +543,28 @@ class Archive:
 
         self._database.write(work)
         self._reach("acknowledge.committed")
+
+    def fail(self, job: Job, reason: str, *, retryable: bool) -> JobState:
+        """Note a failed attempt, and return the job's new state. A job that ends with it leaves an audit record in the same transaction.
+
+        Raises
+        ------
+        LeaseLost
+            Another holder has the job.
+        Unavailable
+            The database; the lease runs out and the job is claimed again.
+        """
+
+        def work(connection: Connection) -> JobState:
+            state = self._queue.fail_in(connection, job, reason, retryable=retryable)
+            if state is JobState.DEAD:
+                action = "analysis.refused" if job.kind is JobKind.ANALYSE else "delivery.given_up"
+                detail = {"job": job.id, "attempts": job.attempts}
+                event = AuditEvent(action=action, outcome=reason, actor=job.lane or "node", subject=job.sop_instance_uid, detail=detail)
+                self._audit.append(connection, event)
+            return state
+
+        return self._database.write(work)
 
     # --- care --------------------------------------------------------------------------------------------------------
 

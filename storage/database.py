@@ -505,9 +505,7 @@ def ours(error: BaseException) -> BaseException:
                 "if it is, restore the data directory from its copy"
             )
         case code if code == _CORRUPT:
-            made = IntegrityError(
-                "pages of the database are damaged: check the disk, then restore the data directory from its copy"
-            )
+            made = IntegrityError("pages of the database are damaged: check the disk, then restore the data directory from its copy")
         case code if code == _CONSTRAINT:
             made = IntegrityError("the database refused a change that contradicts what it holds")
         case _ if isinstance(error, sqlalchemy.exc.TimeoutError):

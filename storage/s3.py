@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from urllib3.exceptions import HTTPError
 
 from storage.errors import StorageError, Unavailable
 from storage.failpoints import unarmed
@@ -23,6 +24,9 @@ from storage.objects import CHUNK, OBJECT_KEY, ObjectInfo, ObjectReader, absent,
 
 if TYPE_CHECKING:
     from storage.records import SealedObject
+
+_BROKEN_OFF = (BotoCoreError, HTTPError, OSError)
+"""What reading a body raises; botocore translates most, but not all, of what lies under it."""
 
 
 def _wait(attempt: int) -> None:
@@ -204,7 +208,7 @@ class S3Store:
             raise self._unavailable(error, "read back") from error
         except NoCredentialsError as error:
             raise self._unavailable(error, "read back") from error
-        except BotoCoreError:
+        except _BROKEN_OFF:
             return -1, ""
         return count, digest.hexdigest()
 
@@ -236,7 +240,7 @@ class S3Store:
                 raise self._unavailable(error, "read") from error
             except NoCredentialsError as error:
                 raise self._unavailable(error, "read") from error
-            except BotoCoreError as error:
+            except _BROKEN_OFF as error:
                 last = error
         raise Unavailable(f"bucket {self._bucket!r} breaks off every read of object {object_key}; look into network and store") from last
 

@@ -142,6 +142,8 @@ def test_refusal_ends_the_job_with_its_reason(house: Rooms, pacs: Door) -> None:
     job = job_of(house, refused, "pacs")
     assert job.state is JobState.DEAD
     assert "no presentation context" in job.reason
+    (event,) = [entry.event for entry in house.audit.events_of(refused) if entry.event.action == "delivery.given_up"]
+    assert (event.actor, event.outcome) == ("pacs", job.reason)
     assert [job_of(house, uid, "pacs").state for uid in (other, last)] == [JobState.DONE, JobState.DONE]
 
 

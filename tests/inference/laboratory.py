@@ -94,8 +94,6 @@ def worker_of(
         archive=house.archive,
         index=house.index,
         queue=queue or house.queue,
-        audit=house.audit,
-        database=house.database,
         pipeline=pipeline,
         reports=partial(build_reports, node=IDENTITY),
         installation_uid="2.25.77",
