@@ -47,6 +47,9 @@ class NodeSection(Section):
     data_dir: Path = Field(Path("var"), description="Folder for landing area, objects, index and key ring; must be durable storage.")
     profile: Literal["dermatology"] = Field("dermatology", description="Which analyses run, and in which order.")
     lease_s: float = Field(30.0, ge=1, description="The work of a process that died is taken over after this many seconds.")
+    silence_s: float = Field(
+        120.0, ge=10, description="A process of the node that gives no sign of life for this long is killed and started again."
+    )
     drain_s: float = Field(20.0, ge=0, description="On stop: seconds given to open associations, requests and jobs before they are cut.")
 
 

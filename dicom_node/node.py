@@ -24,7 +24,7 @@ from dicom_node.config import Settings
 from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
-from dicom_node.supervisor import Supervisor, stop_on_signals, stop_with_parent
+from dicom_node.supervisor import Supervisor, give_signs_of_life, stop_on_signals, stop_with_parent
 from inference.pipeline import analysable
 from storage.archive import Archive
 from storage.audit import AuditTrail
@@ -321,7 +321,7 @@ def _taken(settings: Settings) -> list[str]:
 
 
 def _supervise(settings: Settings, config_file: Path | None, parts: StorageParts, stop: threading.Event) -> None:
-    supervisor = Supervisor(roles=_roles(settings), config=config_file, on_exit=forget_process)
+    supervisor = Supervisor(roles=_roles(settings), config=config_file, on_exit=forget_process, silence_s=settings.node.silence_s)
     admin = None
     if settings.admin.enabled:
         from dicom_node.admin import AdminServer  # noqa: PLC0415 - aiohttp loads only where it serves
@@ -402,14 +402,15 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
         stop_with_parent(lifeline, stop)
     configure_logging(form=settings.logging.format, level=settings.logging.level, role=role)
 
-    def ready() -> None:
-        log.debug("process.ready")
-        if status >= 0:
-            os.write(status, b"ready\n")
-
     run: Callable[..., None] = {"dimse": _dimse, "web": _web, "worker": _worker, "courier": _courier}[role]
     try:
         with storage(settings) as parts:
+
+            def ready() -> None:
+                log.debug("process.ready")
+                if status >= 0:
+                    give_signs_of_life(status, stop, parts.archive.check)
+
             run(settings, parts, Metrics(), stop, ready)
     except StorageError as error:
         raise StartError(str(error)) from error

@@ -230,7 +230,7 @@ def _stow(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[Ans
 
 def _store(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[Answer]:
     from dicom_node.dimse.scu import StorageSCU, Stored  # noqa: PLC0415 - pynetdicom loads only when used
-    from dicom_node.errors import DeliveryError, PeerUnreachable  # noqa: PLC0415
+    from dicom_node.errors import DeliveryError, PeerUnreachable, Refused  # noqa: PLC0415
     from dicom_node.peers import Peer  # noqa: PLC0415
 
     scu = StorageSCU(ae_title=to.calling_ae_title, answer_s=to.timeout_s)
@@ -246,6 +246,8 @@ def _store(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[An
                 case Stored(status=status, comment=comment):
                     text = "stored" if status == 0 else f"stored with warning 0x{status:04X} {comment}".rstrip()
                     answers.append(Answer(item.source, item.sop_instance_uid, stored=True, text=text))
+                case Refused(status=status, comment=comment) if comment:
+                    answers.append(Answer(item.source, item.sop_instance_uid, stored=False, text=f"refused, 0x{status:04X} {comment}"))
                 case DeliveryError() | StorageError():
                     answers.append(Answer(item.source, item.sop_instance_uid, stored=False, text=f"not stored: {outcome}"))
             progress(len(answers), len(items))

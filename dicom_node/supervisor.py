@@ -1,7 +1,8 @@
 """The parent of the node's processes: starts one child a role, restarts what dies, stops all of them in order.
 
 A child knows its parent lives by a pipe (the lifeline): when the parent dies, however it dies, the pipe ends and the child stops,
-so a killed node leaves nothing behind that would keep its ports. A child says by a second pipe that it is ready.
+so a killed node leaves nothing behind that would keep its ports. By a second pipe a child says every few seconds that it is ready,
+or that its disk or database has failed it; one that falls silent hangs, and is killed and started again.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from pathlib import Path
 
 import structlog
 
+from storage.errors import StorageError
+
 log = structlog.get_logger()
 
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 15.0
 STEADY_S = 30.0
 """A child that lived this long is restarted without delay."""
+READY, FAULTY = b"+", b"-"
+"""What a child says of itself."""
+SIGN_OF_LIFE_S = 5.0
+"""How often it does."""
 
 
 @dataclass
@@ -35,7 +42,9 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     lifeline: int = -1
     status: int = -1
-    ready: bool = False
+    said: bytes = b""
+    """Its last word; empty until it is ready for the first time."""
+    heard_at: float = 0.0
     started_at: float = 0.0
     restart_at: float = 0.0
     delay_s: float = FIRST_DELAY_S
@@ -53,20 +62,24 @@ class Supervisor:
         The configuration file the children read, or None.
     on_exit
         Called with the process id of each child that ended.
+    silence_s
+        A child that was ready and says nothing for so long is taken to hang.
     """
 
-    def __init__(self, *, roles: Sequence[str], config: Path | None, on_exit: Callable[[int], None]) -> None:
+    def __init__(self, *, roles: Sequence[str], config: Path | None, on_exit: Callable[[int], None], silence_s: float = 120.0) -> None:
+        self._silence_s = silence_s
         self._children = [Child(role) for role in roles]
         self._config = config
         self._on_exit = on_exit
 
     def states(self) -> dict[str, str]:
-        """Role (numbered where there are several) -> ready, starting or down, for people and /readyz."""
+        """Role (numbered where there are several) -> ready, faulty, starting or down, for people and /readyz."""
+        words = {READY: "ready", FAULTY: "faulty"}
         states: dict[str, str] = {}
         for number, child in enumerate(self._children):
             process = child.process  # the other thread may forget it meanwhile
             running = process is not None and process.poll() is None
-            states[f"{child.role}-{number}"] = "ready" if running and child.ready else "starting" if running else "down"
+            states[f"{child.role}-{number}"] = words.get(child.said, "starting") if running else "down"
         return states
 
     @property
@@ -93,6 +106,15 @@ class Supervisor:
         if child.process is not None:
             code = child.process.poll()
             if code is None:
+                if child.said and now - child.heard_at > self._silence_s:
+                    log.error(
+                        "process.hangs",
+                        process=child.role,
+                        silent_for_s=round(now - child.heard_at),
+                        remedy="it is killed and started again",
+                    )
+                    child.process.kill()
+                    child.heard_at = now
                 return
             self._on_exit(child.process.pid)
             self._close(child)
@@ -128,26 +150,27 @@ class Supervisor:
         finally:
             os.close(lifeline_read)
             os.close(status_write)
-        child.ready = False
+        child.said = b""
         child.started_at = now
 
     def _listen(self, *, timeout_s: float) -> None:
-        waiting = {child.status: child for child in self._children if child.status >= 0 and not child.ready}
+        waiting = {child.status: child for child in self._children if child.status >= 0}
         if not waiting:
             time.sleep(timeout_s)
             return
         readable, _, _ = select.select(list(waiting), [], [], timeout_s)
         for descriptor in readable:
-            if os.read(descriptor, 16):
-                waiting[descriptor].ready = True
-            else:  # ended before it was ready: _tend sees the exit status
+            words = os.read(descriptor, 64)
+            if words:
+                waiting[descriptor].said, waiting[descriptor].heard_at = words[-1:], time.monotonic()
+            else:  # it ended: _tend sees the exit status
                 time.sleep(0.05)
 
     def _close(self, child: Child) -> None:
         for descriptor in (child.lifeline, child.status):
             if descriptor >= 0:
                 os.close(descriptor)
-        child.process, child.lifeline, child.status, child.ready = None, -1, -1, False
+        child.process, child.lifeline, child.status, child.said = None, -1, -1, b""
 
     def _end(self, drain_s: float) -> None:
         running = [child for child in self._children if child.process is not None]
@@ -178,6 +201,36 @@ def stop_with_parent(lifeline: int, stop: threading.Event) -> None:
         stop.set()
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def give_signs_of_life(status: int, stop: threading.Event, check: Callable[[], None]) -> None:
+    """Tell the parent now and every few seconds, until ``stop``, how this process is; returns at once, speaks from a thread.
+
+    Parameters
+    ----------
+    check
+        Raises StorageError while this process can take nothing in.
+    """
+
+    def speak() -> None:
+        word = READY
+        while True:
+            try:
+                os.write(status, word)
+            except OSError:
+                return  # the parent is gone; the lifeline ends this process
+            if stop.wait(SIGN_OF_LIFE_S):
+                return
+            try:
+                check()
+            except StorageError as error:
+                if word == READY:
+                    log.error("process.faulty", reason=str(error))  # noqa: TRY400 - a sentence for a person
+                word = FAULTY
+            else:
+                word = READY
+
+    threading.Thread(target=speak, name="signs of life", daemon=True).start()
 
 
 def stop_on_signals() -> threading.Event:

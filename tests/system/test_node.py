@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -149,6 +150,36 @@ def test_killed_children_come_back(node: RunningNode) -> None:
             assert time.monotonic() < deadline, f"{role} did not come back:\n{node.log_text()[-3000:]}"
             time.sleep(0.1)
     node.await_trace(sent_uid(node.command("send", "--demo").stdout), analysed)
+
+
+def test_hanging_child_is_replaced(tmp_path: Path) -> None:
+    """A process that is stopped in its tracks gives no sign of life: it is killed, another takes its place and its work."""
+    environ = {"DICOM_NODE_NODE__SILENCE_S": "10", "DICOM_NODE_NODE__LEASE_S": "2"}
+    with running_node(tmp_path / "node", environ=environ) as node:
+        (stopped,) = (process_id for process_id, role in node.children().items() if role == "worker")
+        os.kill(stopped, signal.SIGSTOP)
+        uid = sent_uid(node.command("send", "--demo").stdout)
+        node.await_trace(uid, analysed)
+        assert stopped not in node.children()
+        assert '"process.hangs"' in node.log_text()
+
+
+def test_faulty_child_makes_the_node_not_ready(tmp_path: Path) -> None:
+    """What a process cannot write to, /readyz says, for each process."""
+    node = RunningNode(tmp_path / "node", environ={"DICOM_NODE_ARCHIVE__MIN_FREE_BYTES": str(10**18)}).start(wait=False)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            with suppress(OSError):
+                status, body = get(f"http://127.0.0.1:{node.admin_port}/readyz")
+                if b"process dimse-0 is faulty" in body:
+                    break
+            assert time.monotonic() < deadline, node.log_text()[-2000:]
+            time.sleep(0.3)
+        assert status == 503
+        assert "0xA700" in node.command("send", "--demo", expect=1).stdout
+    finally:
+        assert node.stop() == 0
 
 
 def test_killed_node_starts_again_by_itself(tmp_path: Path) -> None:
