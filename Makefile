@@ -27,7 +27,7 @@ run: $(VENV)/runtime  ## start the node with the embedded defaults
 	@exec $(BIN)/dicom-node serve
 
 test: $(VENV)/development  ## everything that needs no system package
-	$(BIN)/pytest -n $(WORKERS) -m 'not peer'
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not peer'
 
 peers:  ## install DCMTK, dicom3tools, Orthanc and the like (needs root)
 	apt-get update -qq
@@ -37,7 +37,7 @@ peers:  ## install DCMTK, dicom3tools, Orthanc and the like (needs root)
 	@service orthanc stop >/dev/null 2>&1 || true
 
 interop: $(VENV)/development  ## tests against the peers
-	$(BIN)/pytest -n $(WORKERS) -m peer
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m peer
 
 check: $(VENV)/development  ## ruff, mypy, import-linter, the Dockerfile
 	$(BIN)/ruff check .
