@@ -35,7 +35,7 @@ from storage.failpoints import failpoint_from_environment
 from storage.index import Index
 from storage.objects import DirectoryStore, ObjectStore
 from storage.records import AuditEvent, Job, JobKind, Limits, NewJob, Origin, Summary
-from storage.work import DEFAULT_ATTEMPTS, WorkQueue
+from storage.work import DEFAULT_ATTEMPTS, WorkQueue, growing_delay
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -112,19 +112,6 @@ def model_bundles(settings: Settings) -> tuple[ModelBundle, ...]:
     return load_bundles(settings.inference.bundles)
 
 
-def growing_delay(settings: Settings) -> Callable[[int], float]:
-    """Seconds to wait after the n-th failed attempt: doubling, with jitter so that peers are not asked in step."""
-    import random  # noqa: PLC0415
-
-    first, longest = settings.delivery.first_delay_s, settings.delivery.longest_delay_s
-    spread = random.Random()  # noqa: S311 - jitter, not a secret
-
-    def delay(attempts: int) -> float:
-        return min(longest, first * 2.0 ** min(attempts - 1, 40)) * spread.uniform(0.8, 1.2)
-
-    return delay
-
-
 @contextmanager
 def storage(settings: Settings) -> Iterator[StorageParts]:
     """Open the archive of ``settings`` for one process.
@@ -148,7 +135,7 @@ def storage(settings: Settings) -> Iterator[StorageParts]:
             database=database,
             lease_s=settings.node.lease_s,
             attempts=attempts,
-            delay=growing_delay(settings),
+            delay=partial(growing_delay, first_s=settings.delivery.first_delay_s, longest_s=settings.delivery.longest_delay_s),
             exhausted=partial(_record_exhausted, audit),
         )
 

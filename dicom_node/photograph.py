@@ -32,6 +32,7 @@ from pydicom.uid import (
     VLPhotographicImageStorage,
 )
 
+from inference.report.identity import derived_uid
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 BODY_SITES: Mapping[str, tuple[str, str]] = {
@@ -199,11 +200,6 @@ def _native(raw: bytes) -> _Content | None:
     return _Content(pixels.shape[0], pixels.shape[1], pixels.tobytes(), ExplicitVRLittleEndian, "RGB", b"", ratio)
 
 
-def _derived_uid(*parts: str) -> str:
-    """Derive a UID from ``parts`` (PS3.5 Annex B.2)."""
-    return f"2.25.{int.from_bytes(hashlib.sha256(chr(0).join(parts).encode()).digest()[:16])}"
-
-
 def _code(value: str, meaning: str) -> Dataset:
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "SCT", meaning
@@ -219,7 +215,7 @@ def _part10(content: _Content, options: PhotographOptions, *, now: datetime, see
     data_set.ImageType = ["ORIGINAL", "PRIMARY"]
     sop_class_uid = DermoscopicPhotographyImageStorage if options.dermoscopic else VLPhotographicImageStorage
     data_set.SOPClassUID = sop_class_uid
-    data_set.SOPInstanceUID = _derived_uid(*entropy, "instance")
+    data_set.SOPInstanceUID = derived_uid(*entropy, "instance")
     data_set.StudyDate = data_set.SeriesDate = data_set.ContentDate = now.strftime("%Y%m%d")
     data_set.StudyTime = data_set.SeriesTime = data_set.ContentTime = now.strftime("%H%M%S")
     data_set.AcquisitionDateTime = now.strftime("%Y%m%d%H%M%S+0000")
@@ -237,8 +233,8 @@ def _part10(content: _Content, options: PhotographOptions, *, now: datetime, see
     data_set.PatientID = options.patient_id
     data_set.PatientBirthDate = options.patient_birth_date
     data_set.PatientSex = options.patient_sex
-    data_set.StudyInstanceUID = options.study_instance_uid or _derived_uid(*entropy, "study")
-    data_set.SeriesInstanceUID = _derived_uid(*entropy, "series")
+    data_set.StudyInstanceUID = options.study_instance_uid or derived_uid(*entropy, "study")
+    data_set.SeriesInstanceUID = derived_uid(*entropy, "series")
     data_set.StudyID = ""
     data_set.SeriesNumber = 1
     data_set.InstanceNumber = 1
@@ -247,7 +243,7 @@ def _part10(content: _Content, options: PhotographOptions, *, now: datetime, see
     data_set.AcquisitionContextSequence = Sequence()
     _site(data_set, options)
     if options.dermoscopic:
-        _dermoscopy(data_set, _derived_uid(*entropy, "frame of reference"))
+        _dermoscopy(data_set, derived_uid(*entropy, "frame of reference"))
     data_set.SamplesPerPixel = 3
     data_set.PhotometricInterpretation = content.photometric_interpretation
     data_set.PlanarConfiguration = 0

@@ -123,9 +123,9 @@ _NOW: Final[BindParameter[Any]] = bindparam("now")
 _FAR: Final[BindParameter[Any]] = bindparam("far")
 
 
-def growing_delay(attempts: int) -> float:
-    """Return the seconds to wait after so many attempts: 5, 10, 20 … up to an hour, each ±20 % so that failures do not march in step."""
-    return float(min(5 * 2 ** min(attempts - 1, 16), 3600)) * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+def growing_delay(attempts: int, *, first_s: float = 5.0, longest_s: float = 3600.0) -> float:
+    """Return the seconds to wait after so many attempts: doubling up to the longest, ±20 % so that failures do not march in step."""
+    return float(min(first_s * 2 ** min(attempts - 1, 40), longest_s)) * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
 
 
 def _from(step: Step) -> list[str]:
