@@ -80,7 +80,7 @@ def serve(
     status: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
     """Run the node until SIGTERM or Ctrl-C."""
-    from dicom_node import node  # noqa: PLC0415 - the other commands should not pay for the doors
+    from dicom_node import node  # the other commands should not pay for the doors
 
     with faults_as_sentences():
         settings = _settings(config_file)
@@ -101,7 +101,7 @@ def serve(
 @app.command()
 def check(config_file: ConfigOption = None) -> None:
     """Check configuration and environment: every fault with its remedy."""
-    from dicom_node.environment import findings  # noqa: PLC0415
+    from dicom_node.environment import findings
 
     with faults_as_sentences():
         settings = _settings(config_file)
@@ -159,8 +159,8 @@ def send(
     config_file: ConfigOption = None,
 ) -> None:
     """Send DICOM files or pictures by C-STORE or STOW-RS."""
-    from dicom_node import sending  # noqa: PLC0415
-    from dicom_node.photograph import PhotographOptions  # noqa: PLC0415
+    from dicom_node import sending
+    from dicom_node.photograph import PhotographOptions
 
     with faults_as_sentences():
         settings = _settings(config_file)
@@ -202,7 +202,7 @@ def trace(
     config_file: ConfigOption = None,
 ) -> None:
     """Where is my study: from whom, when, digest, object, jobs, models, reports, deliveries."""
-    from dicom_node import node, tracing  # noqa: PLC0415
+    from dicom_node import node, tracing
 
     with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
         found = parts.archive.trace(uid)
@@ -220,7 +220,7 @@ def requeue(
     config_file: ConfigOption = None,
 ) -> None:
     """Let dead or finished jobs run again. A repeated analysis writes the same reports, under the same UIDs."""
-    from dicom_node import node  # noqa: PLC0415
+    from dicom_node import node
 
     with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
         if dead is not None and dead not in set(JobKind):
@@ -238,7 +238,7 @@ def requeue(
 @app.command()
 def quarantine(config_file: ConfigOption = None) -> None:
     """List what was put aside: instances whose UID was known with other content, or whose study belongs to another patient."""
-    from dicom_node import node, tracing  # noqa: PLC0415
+    from dicom_node import node, tracing
 
     with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
         kept = parts.index.quarantined()
@@ -251,7 +251,7 @@ def quarantine(config_file: ConfigOption = None) -> None:
 @app.command()
 def verify(config_file: ConfigOption = None) -> None:
     """Re-read every object: digests against the index, both directions, and the audit chain."""
-    from dicom_node import node  # noqa: PLC0415
+    from dicom_node import node
 
     with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
         with _progress("verifying") as progress:
@@ -267,8 +267,8 @@ def verify(config_file: ConfigOption = None) -> None:
 @keys_app.command("init")
 def keys_init(config_file: ConfigOption = None) -> None:
     """Make the key ring with a first key."""
-    from dicom_node.node import database_file  # noqa: PLC0415
-    from storage.envelope import FileKeyring  # noqa: PLC0415
+    from dicom_node.node import database_file
+    from storage.envelope import FileKeyring
 
     with faults_as_sentences():
         settings = _settings(config_file)
@@ -284,7 +284,7 @@ def keys_init(config_file: ConfigOption = None) -> None:
 @keys_app.command("add")
 def keys_add(config_file: ConfigOption = None) -> None:
     """Add a key; new objects are sealed with it, older ones stay readable with theirs."""
-    from storage.envelope import FileKeyring  # noqa: PLC0415
+    from storage.envelope import FileKeyring
 
     with faults_as_sentences():
         path = _settings(config_file).ring_file
@@ -295,7 +295,7 @@ def keys_add(config_file: ConfigOption = None) -> None:
 @keys_app.command("list")
 def keys_list(config_file: ConfigOption = None) -> None:
     """List the keys of the ring (never the keys themselves)."""
-    from storage.envelope import FileKeyring  # noqa: PLC0415
+    from storage.envelope import FileKeyring
 
     with faults_as_sentences():
         table = Table("key", "made", "use")

@@ -65,9 +65,9 @@ def _space(settings: Settings) -> Finding:
 
 
 def _keys(settings: Settings) -> Finding:
-    from dicom_node.node import database_file  # noqa: PLC0415 - what is not looked at is not loaded
-    from storage.database import Database  # noqa: PLC0415
-    from storage.envelope import FileKeyring  # noqa: PLC0415
+    from dicom_node.node import database_file  # what is not looked at is not loaded
+    from storage.database import Database
+    from storage.envelope import FileKeyring
 
     path = settings.ring_file
     if not path.exists():
@@ -124,7 +124,7 @@ def _running(lock: Path) -> str:
 
 
 def _store(settings: Settings) -> Finding:
-    from dicom_node.node import object_store  # noqa: PLC0415
+    from dicom_node.node import object_store
 
     try:
         object_store(settings).check()
@@ -137,9 +137,9 @@ def _store(settings: Settings) -> Finding:
 def _models(settings: Settings) -> Iterator[Finding]:
     if not settings.inference.enabled:
         return
-    from dicom_node.node import model_bundles  # noqa: PLC0415
-    from inference.errors import InferenceError  # noqa: PLC0415
-    from inference.runner import ModelRunner  # noqa: PLC0415
+    from dicom_node.node import model_bundles
+    from inference.errors import InferenceError
+    from inference.runner import ModelRunner
 
     try:
         bundles = model_bundles(settings)
@@ -152,9 +152,9 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 
 def _peers(settings: Settings) -> Iterator[Finding]:
-    from dicom_node.dimse.scu import StorageSCU  # noqa: PLC0415
-    from dicom_node.errors import DeliveryError  # noqa: PLC0415
-    from dicom_node.node import peers_of  # noqa: PLC0415
+    from dicom_node.dimse.scu import StorageSCU
+    from dicom_node.errors import DeliveryError
+    from dicom_node.node import peers_of
 
     scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=5.0)
     for peer in peers_of(settings):

@@ -87,7 +87,7 @@ def object_store(settings: Settings) -> ObjectStore:
     """Make the store that the configuration names."""
     reach = failpoint_from_environment(os.environ)
     if settings.archive.store == "s3":
-        from storage.s3 import S3Store  # noqa: PLC0415
+        from storage.s3 import S3Store
 
         return S3Store(
             bucket=settings.archive.bucket,
@@ -107,7 +107,7 @@ def model_bundles(settings: Settings) -> tuple[ModelBundle, ...]:
     inference.errors.ModelUnavailable
         One cannot be used; the message says why.
     """
-    from inference.bundle import load_bundles  # noqa: PLC0415 - only workers and `check` need models
+    from inference.bundle import load_bundles  # only workers and `check` need models
 
     return load_bundles(settings.inference.bundles)
 
@@ -194,13 +194,13 @@ def _record_exhausted(audit: AuditTrail, connection: Connection, job: Job, reaso
 
 
 def _pixels_equal(first: bytes, second: bytes) -> bool:
-    from inference.pixels import pixels_equal  # noqa: PLC0415
+    from inference.pixels import pixels_equal
 
     return pixels_equal(first, second)
 
 
 def _accepts(sop_class_uid: str, *, unknown: bool) -> bool:
-    from dicom_node.dimse.scp import is_storage  # noqa: PLC0415
+    from dicom_node.dimse.scp import is_storage
 
     return is_storage(sop_class_uid, unknown=unknown)
 
@@ -311,7 +311,7 @@ def _supervise(settings: Settings, config_file: Path | None, parts: StorageParts
     supervisor = Supervisor(roles=_roles(settings), config=config_file, on_exit=forget_process, silence_s=settings.node.silence_s)
     admin = None
     if settings.admin.enabled:
-        from dicom_node.admin import AdminServer  # noqa: PLC0415 - aiohttp loads only where it serves
+        from dicom_node.admin import AdminServer  # aiohttp loads only where it serves
 
         admin = AdminServer(
             host=settings.admin.host,
@@ -406,8 +406,8 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
 
 
 def _dimse(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
-    from dicom_node.dimse.receive import ReceiveLimits  # noqa: PLC0415
-    from dicom_node.dimse.scp import StorageSCP  # noqa: PLC0415
+    from dicom_node.dimse.receive import ReceiveLimits
+    from dicom_node.dimse.scp import StorageSCP
 
     def observe(event: str, **labels: Any) -> None:
         kind, _, what = event.partition(".")
@@ -441,16 +441,16 @@ def _dimse(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thre
 
 
 def _trusts_callers(settings: Settings) -> bool:
-    from dicom_node.config import is_loopback  # noqa: PLC0415
+    from dicom_node.config import is_loopback
 
     return settings.dimse.accept_unknown_peers == "loopback" and is_loopback(settings.dimse.host)
 
 
 def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
-    from dicomweb.app import make_app  # noqa: PLC0415 - only this role needs it
-    from dicomweb.context import WebLimits  # noqa: PLC0415
-    from dicomweb.multipart import MultipartLimits  # noqa: PLC0415
-    from dicomweb.server import serve  # noqa: PLC0415
+    from dicomweb.app import make_app  # only this role needs it
+    from dicomweb.context import WebLimits
+    from dicomweb.multipart import MultipartLimits
+    from dicomweb.server import serve
 
     app = make_app(
         archive=parts.archive,
@@ -476,11 +476,11 @@ def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thread
 
 
 def _worker(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
-    from inference.errors import InferenceError  # noqa: PLC0415 - torch loads in workers alone
-    from inference.pipeline import Pipeline  # noqa: PLC0415
-    from inference.report import CodingSchemes, build_reports  # noqa: PLC0415
-    from inference.runner import ModelRunner  # noqa: PLC0415
-    from inference.worker import Worker, nowhere  # noqa: PLC0415
+    from inference.errors import InferenceError  # torch loads in workers alone
+    from inference.pipeline import Pipeline
+    from inference.report import CodingSchemes, build_reports
+    from inference.runner import ModelRunner
+    from inference.worker import Worker, nowhere
 
     def observe(event: str, **labels: Any) -> None:
         if event == "analysis.concluded":
@@ -517,8 +517,8 @@ def _worker(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thr
 
 
 def _courier(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
-    from dicom_node.courier import Courier  # noqa: PLC0415
-    from dicom_node.dimse.scu import StorageSCU  # noqa: PLC0415
+    from dicom_node.courier import Courier
+    from dicom_node.dimse.scu import StorageSCU
 
     def observe(event: str, **labels: Any) -> None:
         metrics.delivery(peer=labels["peer"], outcome=event.removeprefix("delivery."))
@@ -541,8 +541,8 @@ def _courier(settings: Settings, parts: StorageParts, metrics: Metrics, stop: th
 
 def node_identity(parts: StorageParts) -> tuple[NodeIdentity, str]:
     """Return who we are in reports: the equipment, and the Device Observer UID, both stable for an installation (its key ring)."""
-    from inference.report import NodeIdentity  # noqa: PLC0415
-    from inference.report.identity import derived_uid  # noqa: PLC0415
+    from inference.report import NodeIdentity
+    from inference.report.identity import derived_uid
 
     secret = parts.keyring.derive("installation").hex()
     uid = derived_uid("installation", secret)

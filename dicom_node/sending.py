@@ -140,7 +140,7 @@ def collect(files: Sequence[Path], *, demo: bool, options: PhotographOptions) ->
     if faults:
         raise SendError(*faults)
     if demo:
-        from dicom_node.demo import draw_skin_picture  # noqa: PLC0415 - drawn only when asked for
+        from dicom_node.demo import draw_skin_picture  # drawn only when asked for
 
         drawn = wrap_pixels(draw_skin_picture(seed=int(now.timestamp())), options, now=now)
         collected.append(Outgoing("(drawn)", drawn, scan(drawn)))
@@ -216,7 +216,7 @@ def send(items: Sequence[Outgoing], to: Target, *, progress: Progress) -> list[A
 
 
 def _stow(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[Answer]:
-    from dicomweb.client import StowClient, StowError  # noqa: PLC0415 - aiohttp loads only when used
+    from dicomweb.client import StowClient, StowError  # aiohttp loads only when used
 
     try:
         answers = asyncio.run(StowClient(base_url=to.url, timeout_s=to.timeout_s).store(items, progress))
@@ -229,9 +229,9 @@ def _stow(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[Ans
 
 
 def _store(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[Answer]:
-    from dicom_node.dimse.scu import StorageSCU, Stored  # noqa: PLC0415 - pynetdicom loads only when used
-    from dicom_node.errors import DeliveryError, PeerUnreachable, Refused  # noqa: PLC0415
-    from dicom_node.peers import Peer  # noqa: PLC0415
+    from dicom_node.dimse.scu import StorageSCU, Stored  # pynetdicom loads only when used
+    from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
+    from dicom_node.peers import Peer
 
     scu = StorageSCU(ae_title=to.calling_ae_title, answer_s=to.timeout_s)
     peer = Peer(name=to.label, ae_title=to.called_ae_title, host=to.host, port=to.port)
