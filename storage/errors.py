@@ -11,6 +11,7 @@
     ├── InvalidQuery             a matching key that cannot be read   0xA900  no retry
     ├── LeaseLost                another worker holds the job now     0x0110  no retry
     ├── Unavailable              store, database or disk              0xA700  retry
+    │   └── ColdObject           in a cold storage class, being restored
     └── IntegrityError           tag, digest or chain mismatch        0x0110  no retry, alarm
 
 References
@@ -73,6 +74,22 @@ class Unavailable(StorageError):
 
     failure_reason = 0xA700  # Refused: Out of resources
     retryable = True
+
+
+class ColdObject(Unavailable):
+    """The object is in a storage class that cannot be read at once; its restore was started.
+
+    Parameters
+    ----------
+    message
+        Cause and remedy.
+    retry_after_s
+        Seconds after which asking again makes sense.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 14_400) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class IntegrityError(StorageError):

@@ -79,6 +79,7 @@ def _storage_columns() -> list[Column[Any]]:
         Column("sealed_byte_count", BigInteger, nullable=False),
         Column("sealed_sha256", Text, nullable=False),
         Column("key_id", Text, nullable=False),
+        Column("landed_on", Text, nullable=False, server_default=""),
         Column("received_at", BigInteger, nullable=False),
         Column("extra", Text, nullable=False),
         Column("attributes", Text, nullable=False),
@@ -653,6 +654,7 @@ def _storage_values(record: InstanceRecord, attributes: Mapping[str, list[str] |
         "sealed_byte_count": sealed.byte_count,
         "sealed_sha256": sealed.sha256,
         "key_id": sealed.key_id,
+        "landed_on": record.landed_on,
         "received_at": to_micros(origin.received_at),
         "extra": _dump(extra),
         "attributes": _dump(attributes),
@@ -714,6 +716,7 @@ def _record(row: Row[Any], attributes: Mapping[str, list[str]]) -> InstanceRecor
         sealed=SealedObject(row.object_key, row.sealed_byte_count, row.sealed_sha256, row.key_id),
         origin=Origin(extra["door"], from_micros(row.received_at), extra["address"], extra["calling"], extra["called"], extra["peer"]),
         role=row.role,
+        landed_on=row.landed_on,
     )
 
 

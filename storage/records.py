@@ -149,6 +149,7 @@ class SealedObject:
     sha256: str
     """Over the sealed bytes."""
     key_id: str
+    """Of the study key that wraps the data key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,8 @@ class InstanceRecord:
     origin: Origin
     role: str = "source"
     """source, or report."""
+    landed_on: str = ""
+    """Node on whose disk alone the object lies yet; empty: it is in the store."""
 
 
 class JobKind(StrEnum):
@@ -167,6 +170,8 @@ class JobKind(StrEnum):
 
     ANALYSE = "analyse"
     DELIVER = "deliver"
+    ARCHIVE = "archive"
+    """Bring a landed object into the store."""
 
 
 class JobState(StrEnum):
@@ -202,6 +207,8 @@ class Job:
     available_at: datetime | None = None
     created_at: datetime | None = None
     finished_at: datetime | None = None
+    home: str = ""
+    """Node that alone can do it yet, because the object lies on its disk; empty: any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +219,8 @@ class NewJob:
     sop_instance_uid: str
     lane: str = ""
     payload: Mapping[str, Any] = field(default_factory=dict)
+    home: str = ""
+    """As `Job.home`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,11 +105,12 @@ JOBS = Table(
     Column("finished_at", BigInteger),
     Column("reason", Text, nullable=False),
     Column("result", Text, nullable=False),
+    Column("home", Text, nullable=False, server_default=""),
     UniqueConstraint("sop_instance_uid", "kind", "lane", "payload_digest"),
 )
 _LIVE, _ENDED = JOBS.c.due_at.is_not(None), JOBS.c.due_at.is_(None)
 # Partial: an instance on its way in touches one of them, and a million finished jobs do not slow down a claim.
-Index("ix_jobs_live", JOBS.c.kind, JOBS.c.lane, JOBS.c.due_at, sqlite_where=_LIVE, postgresql_where=_LIVE)
+Index("ix_jobs_live", JOBS.c.kind, JOBS.c.lane, JOBS.c.home, JOBS.c.due_at, sqlite_where=_LIVE, postgresql_where=_LIVE)
 Index("ix_jobs_ended", JOBS.c.kind, JOBS.c.state, sqlite_where=_ENDED, postgresql_where=_ENDED)
 
 DEFAULT_ATTEMPTS: Final[Mapping[JobKind, int]] = {
