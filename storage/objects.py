@@ -1,7 +1,8 @@
 """Object stores: sealed objects under opaque keys, in a directory (here) or in an S3 bucket (`storage.s3`).
 
 Both keep the same layout (``ab/abcdef…``: two digits of the key, then the key), so that a bucket copied to a disk is a
-`DirectoryStore` and the other way round. A store sees only ciphertext and knows nothing of DICOM.
+`DirectoryStore` and the other way round. A store sees only ciphertext and knows nothing of DICOM. Beside the objects lie
+*documents*: small named things that make the store describe itself (``keys/ab/abcdef…``: wrapped study keys).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,18 +26,25 @@ if TYPE_CHECKING:
     from storage.records import SealedObject
 
 OBJECT_KEY = re.compile(r"[0-9a-f]{32}")
+DOCUMENT_NAME = re.compile(r"[a-z]+/[0-9a-f]{2}/[0-9a-f]{32}")
+DOCUMENT_PREFIX = re.compile(r"[a-z]+/(?:[0-9a-f]{2}/)?")
+DOCUMENT_BYTES = 64 << 10
+"""The largest document."""
 CHUNK = 1 << 20
 _FOLDERS = tuple(f"{number:02x}" for number in range(256))
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object as a listing of the store tells it."""
+    """One object as the store itself tells it (a listing, a `stat`): believed for existence and length, proof of no byte."""
 
     object_key: str
     byte_count: int
     modified_at: datetime
     """Aware, UTC: when the store took it."""
+    cold: bool = False
+    """Whether it lies in a class that must be restored before it can be read. A listing also calls a restored copy cold."""
 
 
 class ObjectReader(Protocol):
@@ -63,30 +72,68 @@ class ObjectStore(Protocol):
         """Whether every ``put`` is a journey, so that one in vain is worth avoiding."""
         ...
 
-    def put(self, object_key: str, landing_file: Path, sealed: SealedObject) -> None:
-        """Store a landing file whose bytes are already flushed, and consume it.
+    def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:
+        """Store a file whose bytes are already flushed. The file stays: the caller removes it, after its commit.
 
-        On return the object is durable and its digest confirmed; the landing file is gone. On an error it is still there.
+        On return the object is durable and its digest confirmed. The same bytes under the same key are accepted again.
+
+        Parameters
+        ----------
+        tags
+            For the lifecycle rules of a bucket; never anything of a patient. A directory has none and passes over them.
 
         Raises
         ------
         Unavailable
             The store did not take the object, or did not keep what it said it took.
         IntegrityError
-            There is an object of that key with other bytes.
+            There is an object of that key with other bytes, or the file is not as long as what was sealed.
         """
         ...
 
     def open(self, object_key: str) -> ObjectReader:
-        """Open an object; InstanceNotFound when there is none, Unavailable when the store cannot say."""
+        """Open an object for reading.
+
+        Raises
+        ------
+        InstanceNotFound
+            There is none.
+        ColdObject
+            It lies in a cold class; its restore is under way now, ``retry_after_s`` says when to come again.
+        Unavailable
+            The store cannot say.
+        """
         ...
 
-    def delete(self, object_key: str) -> None:
-        """Remove an object; no error when there is none."""
+    def stat(self, object_key: str) -> ObjectInfo:
+        """Tell length and age of an object without reading it (nor restoring a cold one); raises as `open` does, but never ColdObject."""
+        ...
+
+    def delete(self, object_key: str, *, versions: bool = False) -> None:
+        """Remove an object; no error when there is none.
+
+        With `versions` (erasure) every version that a versioned bucket keeps is removed, and the removal is durable on return.
+        """
         ...
 
     def list(self) -> Iterator[ObjectInfo]:
-        """Yield every object, by rising key."""
+        """Yield every object, by rising key, in bounded memory."""
+        ...
+
+    def put_document(self, name: str, content: bytes) -> None:
+        """Write a document of at most 64 KiB, or replace it; durable and confirmed on return. ValueError for a bad name or too much."""
+        ...
+
+    def get_document(self, name: str) -> bytes:
+        """Return a document; InstanceNotFound when there is none, Unavailable when the store cannot say."""
+        ...
+
+    def delete_document(self, name: str) -> None:
+        """Remove a document, every version of it; no error when there is none; durable on return."""
+        ...
+
+    def list_documents(self, prefix: str) -> Iterator[str]:
+        """Yield the names of the documents below `prefix` (``keys/`` or ``keys/ab/``) in rising order."""
         ...
 
     def check(self) -> None:
@@ -101,14 +148,35 @@ def relative_path(object_key: str) -> str:
     return f"{object_key[:2]}/{object_key}"
 
 
+def document_path(name: str) -> str:
+    """Where a document lies below the root or the prefix; ValueError for what is no name of ours."""
+    if not DOCUMENT_NAME.fullmatch(name):
+        raise ValueError("a document is named by lower-case letters, two hexadecimal digits and 32 of them, with slashes between")
+    return name
+
+
+def document_prefix(prefix: str) -> str:
+    """Return `prefix`; ValueError when no document's name begins so."""
+    if not DOCUMENT_PREFIX.fullmatch(prefix):
+        raise ValueError("documents are listed below 'letters/' or 'letters/two hexadecimal digits/'")
+    return prefix
+
+
+def document_content(content: bytes) -> bytes:
+    """Return `content`; ValueError when it is too much for a document."""
+    if len(content) > DOCUMENT_BYTES:
+        raise ValueError(f"a document has at most {DOCUMENT_BYTES} bytes, this one {len(content)}")
+    return content
+
+
 # --- directory -------------------------------------------------------------------------------------------------------
 
 
 class DirectoryStore:
     """Objects as files of a directory: 256 folders made at the start, files 0600 in folders 0700.
 
-    ``put`` is a link and an unlink, not a copy: landing files must lie on the same file system. A link never replaces
-    an object that is there, which a rename would do.
+    ``put`` is a link, not a copy: what is put must lie on the same file system. A link never replaces an object that is
+    there, which a rename would do.
     """
 
     remote = False
@@ -125,24 +193,21 @@ class DirectoryStore:
         except OSError as error:
             raise disk_unavailable(error, root) from error
 
-    def put(self, object_key: str, landing_file: Path, sealed: SealedObject) -> None:
-        """Link the flushed landing file into its folder and flush the folder. See `ObjectStore.put`.
+    def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:  # noqa: ARG002 - S3's
+        """Link the flushed file into its folder and flush the folder. See `ObjectStore.put`.
 
         The digest needs no second reading here: the file is the one that was sealed, flushed and never reopened. Its
-        length is compared, against a mix-up of landing files.
+        length is compared, against a mix-up of files.
         """
         name = Path(relative_path(object_key)).name
         try:
-            folder = os.open(self._root / object_key[:2], os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            folder = os.open(self._root / object_key[:2], _FOLDER)
             try:
-                landed = landing_file.stat(follow_symlinks=False)
+                landed = path.stat(follow_symlinks=False)
                 if not stat.S_ISREG(landed.st_mode) or landed.st_size != sealed.byte_count:
-                    raise IntegrityError(
-                        f"the landing file of object {object_key} has {landed.st_size} bytes where {sealed.byte_count} were sealed; "
-                        "something else writes into the landing folder",
-                    )
+                    raise wrong_length(object_key, landed.st_size, sealed.byte_count)
                 try:
-                    os.link(landing_file, name, dst_dir_fd=folder, follow_symlinks=False)
+                    os.link(path, name, dst_dir_fd=folder, follow_symlinks=False)
                 except FileExistsError as error:
                     if _digest_of_file(self._root / relative_path(object_key)) != (sealed.byte_count, sealed.sha256):
                         raise occupied(object_key) from error
@@ -151,7 +216,6 @@ class DirectoryStore:
                 self._reach("directory.flushed")
             finally:
                 os.close(folder)
-            landing_file.unlink()
         except OSError as error:
             raise disk_unavailable(error, self._root) from error
 
@@ -167,10 +231,22 @@ class DirectoryStore:
             raise disk_unavailable(error, self._root) from error
         return _FileReader(descriptor, self._root)
 
-    def delete(self, object_key: str) -> None:
-        """Unlink the object's file. The removal becomes durable with the folder's next flush; a sweep would find it again."""
+    def stat(self, object_key: str) -> ObjectInfo:
+        """Look at the object's file."""
+        try:
+            found = (self._root / relative_path(object_key)).stat(follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise absent(object_key) from error
+        except OSError as error:
+            raise disk_unavailable(error, self._root) from error
+        return ObjectInfo(object_key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def delete(self, object_key: str, *, versions: bool = False) -> None:
+        """Unlink the object's file. Without `versions` that becomes durable with the folder's next flush; a sweep would find it again."""
         try:
             (self._root / relative_path(object_key)).unlink(missing_ok=True)
+            if versions:
+                _flush_directory(self._root / object_key[:2])
         except OSError as error:
             raise disk_unavailable(error, self._root) from error
 
@@ -187,6 +263,64 @@ class DirectoryStore:
                 except FileNotFoundError:
                     continue  # removed since the folder was read
                 yield ObjectInfo(name, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def put_document(self, name: str, content: bytes) -> None:
+        """Write a new file beside, flush it, rename it over the old one, flush the folder."""
+        path = self._root / document_path(name)
+        document_content(content)
+        new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            for folder in (path.parent.parent, path.parent):
+                if not folder.is_dir():
+                    folder.mkdir(mode=0o700, exist_ok=True)
+                    _flush_directory(folder.parent)
+            try:
+                with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                new.replace(path)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+            _flush_directory(path.parent)
+        except OSError as error:
+            raise disk_unavailable(error, self._root) from error
+
+    def get_document(self, name: str) -> bytes:
+        """Read the document's file, never through a symbolic link."""
+        try:
+            with os.fdopen(os.open(self._root / document_path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+                content = file.read(DOCUMENT_BYTES + 1)
+        except FileNotFoundError as error:
+            raise no_document(name) from error
+        except OSError as error:
+            raise disk_unavailable(error, self._root) from error
+        if len(content) > DOCUMENT_BYTES:
+            raise oversized(name)
+        return content
+
+    def delete_document(self, name: str) -> None:
+        """Unlink the document's file and flush its folder."""
+        path = self._root / document_path(name)
+        try:
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _flush_directory(path.parent)
+        except OSError as error:
+            raise disk_unavailable(error, self._root) from error
+
+    def list_documents(self, prefix: str) -> Iterator[str]:
+        """Yield the names folder by folder; what is no document is passed over."""
+        kind, _, folder = document_prefix(prefix).partition("/")
+        for name in (folder.rstrip("/"),) if folder else _FOLDERS:
+            try:
+                files = sorted(file.name for file in (self._root / kind / name).iterdir())
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise disk_unavailable(error, self._root) from error
+            yield from (f"{kind}/{name}/{file}" for file in files if OBJECT_KEY.fullmatch(file))
 
     def check(self) -> None:
         """Look whether the root is there and may be written."""
@@ -246,6 +380,26 @@ def _digest_of_file(path: Path) -> tuple[int, str]:
 def absent(object_key: str) -> InstanceNotFound:
     """The error for an object that is not there."""
     return InstanceNotFound(f"the store holds no object {object_key}; run verify: it lists every object that is missing")
+
+
+def no_document(name: str) -> InstanceNotFound:
+    """The error for a document that is not there."""
+    return InstanceNotFound(f"the store holds no document {name}; was it erased, or is the store older than the index?")
+
+
+def oversized(name: str) -> IntegrityError:
+    """The error for a document that is larger than any that was written."""
+    return IntegrityError(
+        f"document {name} of the store has more than {DOCUMENT_BYTES} bytes; the node writes none so large: someone changed it"
+    )
+
+
+def wrong_length(object_key: str, found: int, expected: int) -> IntegrityError:
+    """The error for a file that is not as long as what was sealed."""
+    return IntegrityError(
+        f"the landing file of object {object_key} has {found} bytes where {expected} were sealed; "
+        "something else writes into the landing folder",
+    )
 
 
 def occupied(object_key: str) -> IntegrityError:

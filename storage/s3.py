@@ -8,7 +8,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -105,13 +105,13 @@ class S3Store:
             ),
         )
 
-    def put(self, object_key: str, landing_file: Path, sealed: SealedObject) -> None:
-        """Upload with Content-MD5 and SHA-256, read back, compare, then remove the landing file. See `ObjectStore.put`."""
+    def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:  # noqa: ARG002 - next commit
+        """Upload with Content-MD5 and SHA-256, read back, compare. See `ObjectStore.put`."""
         name = self._prefix + relative_path(object_key)
         try:
-            descriptor = os.open(landing_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise disk_unavailable(error, landing_file.parent) from error
+            raise disk_unavailable(error, path.parent) from error
         with os.fdopen(descriptor, "rb") as file:
             try:
                 if sealed.byte_count > self._multipart_bytes:
@@ -125,14 +125,10 @@ class S3Store:
                 if self._read_back(name) != (sealed.byte_count, sealed.sha256):
                     raise occupied(object_key) from error
             except OSError as error:
-                raise disk_unavailable(error, landing_file.parent) from error
+                raise disk_unavailable(error, path.parent) from error
         self._reach("object.renamed")
         self._confirm(object_key, name, sealed)
         self._reach("directory.flushed")
-        try:
-            landing_file.unlink()
-        except OSError as error:
-            raise disk_unavailable(error, landing_file.parent) from error
 
     def _put_whole(self, name: str, file: BinaryIO, sealed: SealedObject) -> None:
         md5 = hashlib.md5(usedforsecurity=False)
@@ -250,7 +246,7 @@ class S3Store:
         except (BotoCoreError, ClientError) as error:
             raise self._unavailable(error, "read") from error
 
-    def delete(self, object_key: str) -> None:
+    def delete(self, object_key: str, *, versions: bool = False) -> None:  # noqa: ARG002 - next commit
         """Delete the object; S3 itself is silent about one that is not there."""
         try:
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + relative_path(object_key))
