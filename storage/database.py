@@ -255,11 +255,16 @@ class Database:
 
     # -- writing -----------------------------------------------------------------------------------------------------------------
 
-    def write(self, work: Callable[[Connection], T]) -> T:
+    def write(self, work: Callable[[Connection], T], *, ordered: bool = True) -> T:  # noqa: ARG002 - for PostgreSQL
         """Run `work` in a transaction and return its result once that is durable.
 
         The transaction is shared with whatever else waits (group commit), so `work` must be short, and must not wait for anything.
         It may run only once, and never sees another's half-done work. It gets the connection to use; it must not commit or roll back.
+
+        Parameters
+        ----------
+        ordered
+            False for what touches rows of the queue alone, and appends to nothing that has an order (audit trail, change feed).
 
         Raises
         ------

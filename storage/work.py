@@ -7,6 +7,10 @@ out is claimed again; one that ran out of attempts, by failing or by killing its
 At most one job exists for the same (kind, instance, lane, payload), ever: enqueueing it again, in whatever state it is, returns the one
 that is there and changes nothing. That is what makes a repeated *admit* or *conclude* harmless.
 
+Many processes, on one machine or many, claim at once: what one is about to take, the others pass over. Claim, heartbeat, failure and
+release touch this table alone and wait for nobody's transaction. A job with a *home* is for the processes of that node only, because the
+object that it is about lies on that node's disk yet.
+
 Clocks. The times that decide (due, lease) come from a clock that never goes back within a process: it follows the wall clock forward, and
 runs on by the monotonic clock while the wall clock is behind. Across processes leases are wall-clock times in the database; a process
 started after the clock was put back could find them far ahead. Nothing is ever planned further ahead than ``horizon_s``; a time beyond
@@ -22,9 +26,10 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
@@ -40,10 +45,13 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     bindparam,
+    delete,
     func,
     insert,
+    literal_column,
     or_,
     select,
+    union_all,
     update,
 )
 
@@ -116,10 +124,15 @@ Index("ix_jobs_ended", JOBS.c.kind, JOBS.c.state, sqlite_where=_ENDED, postgresq
 DEFAULT_ATTEMPTS: Final[Mapping[JobKind, int]] = {
     JobKind.ANALYSE: 3,
     JobKind.DELIVER: 100,  # with the delays below: a destination that is down for three days loses nothing
+    JobKind.ARCHIVE: 10**9,  # for ever: the only copy lies on one disk until it is done
 }
 _TRIES_TO_CLAIM = 64
+_PAGE = 500
+_NOWHERE = "-"  # no node's identity
 _KIND: Final[BindParameter[Any]] = bindparam("kind_")
 _LANE: Final[BindParameter[Any]] = bindparam("lane_")
+_ANYWHERE: Final[BindParameter[Any]] = bindparam("anywhere")
+_OWN: Final[BindParameter[Any]] = bindparam("own")
 _NOW: Final[BindParameter[Any]] = bindparam("now")
 _FAR: Final[BindParameter[Any]] = bindparam("far")
 
@@ -138,15 +151,28 @@ def _to(step: Step) -> str:
     return target.value
 
 
-def _next(when: ColumnElement[bool]) -> Select[Any]:
-    of_lane = select(JOBS).where(JOBS.c.kind == _KIND, JOBS.c.lane == _LANE, _LIVE, when)
-    return of_lane.order_by(JOBS.c.due_at, JOBS.c.id).limit(1).with_for_update(skip_locked=True)
-
-
-# Two statements instead of one OR: each is one step into the index, however many jobs wait for a later time.
 _DUE, _STRAY = JOBS.c.due_at <= _NOW, JOBS.c.due_at > _FAR
-_NEXT = (_next(_DUE), _next(_STRAY))
-_LANES = select(JOBS.c.lane).where(JOBS.c.kind == _KIND, _LIVE, or_(_DUE, _STRAY)).distinct().order_by(JOBS.c.lane)
+_WHEN = (_DUE, _STRAY)
+
+
+def _next(when: ColumnElement[bool], home: BindParameter[Any], *columns: ColumnElement[Any]) -> Select[Any]:
+    of_lane = select(*columns or (JOBS,)).where(JOBS.c.kind == _KIND, JOBS.c.lane == _LANE, JOBS.c.home == home, _LIVE, when)
+    return of_lane.order_by(JOBS.c.due_at, JOBS.c.id).limit(1)
+
+
+# Parts instead of one OR: each is one step into the index, however many jobs wait for a later time.
+_PLACES = tuple((rank, home) for rank in range(len(_WHEN)) for home in (_ANYWHERE, _OWN))
+_HEADS = union_all(
+    *(
+        select(_next(_WHEN[rank], home, literal_column(str(place)).label("place"), JOBS.c.due_at, JOBS.c.id).subquery())
+        for place, (rank, home) in enumerate(_PLACES)
+    )
+)
+# A job that another process is about to take is passed over, not waited for.
+_LOCK = tuple(_next(_WHEN[rank], home).with_for_update(skip_locked=True) for rank, home in _PLACES)
+_LANES = (
+    select(JOBS.c.lane).where(JOBS.c.kind == _KIND, JOBS.c.home.in_((_ANYWHERE, _OWN)), _LIVE, or_(*_WHEN)).distinct().order_by(JOBS.c.lane)
+)
 _SAME = select(JOBS.c.id).where(
     JOBS.c.sop_instance_uid == bindparam("uid"),
     JOBS.c.kind == _KIND,
@@ -161,6 +187,8 @@ _OLDEST = (
     .where(_LIVE, JOBS.c.state == JobState.READY.value, JOBS.c.due_at <= _NOW)
     .group_by(JOBS.c.kind)
 )
+_REHOME = update(JOBS).where(JOBS.c.sop_instance_uid == bindparam("uid"), JOBS.c.home != "").values(home="")
+_CANCEL = delete(JOBS).where(JOBS.c.sop_instance_uid.in_(bindparam("uids", expanding=True)))
 _HELD = (JOBS.c.id == bindparam("job"), JOBS.c.lease_token == bindparam("token"))
 
 
@@ -171,6 +199,8 @@ class WorkQueue:
     ----------
     database
         Where the jobs are kept.
+    home
+        This node's identity: claims look at jobs of any home, and of this one. Empty: at the former only.
     clock
         Time of day: stored as created, first claimed, finished; see the module's words on clocks.
     lease_s
@@ -191,6 +221,7 @@ class WorkQueue:
         self,
         *,
         database: Database,
+        home: str = "",
         clock: Clock = utc_now,
         lease_s: float = 60.0,
         attempts: Mapping[JobKind, int] = DEFAULT_ATTEMPTS,
@@ -200,6 +231,7 @@ class WorkQueue:
         exhausted: Callable[[Connection, Job, str], None] = lambda _connection, _job, _reason: None,
     ) -> None:
         self._database = database
+        self._home = home
         self._clock = clock
         self._lease = int(lease_s * 1_000_000)
         self._attempts = dict(attempts)
@@ -220,9 +252,9 @@ class WorkQueue:
             self._latest = (wall, ticks)
         return wall
 
-    def _times(self) -> dict[str, int]:
+    def _wanted(self, kind: JobKind) -> dict[str, Any]:
         now = self._now()
-        return {"now": now, "far": now + self._horizon}
+        return {"kind_": kind.value, "now": now, "far": now + self._horizon, "anywhere": "", "own": self._home or _NOWHERE}
 
     # -- enqueue and claim -------------------------------------------------------------------------------------------------------
 
@@ -256,6 +288,7 @@ class WorkQueue:
                 "created_at": to_micros(self._clock()),
                 "reason": "",
                 "result": "{}",
+                "home": job.home,
             },
         )
         return generated_id(made)
@@ -271,45 +304,63 @@ class WorkQueue:
             Who claims, for people: process and role.
         """
         with self._database.read() as connection:  # an idle worker must not take the write lock every time it looks
-            if self._first_due(connection, kind, lane) is None:
+            if not self._heads(connection, kind, lane):
                 return None
-        return self._database.write(lambda connection: self._claim_in(connection, kind, lane, owner))
+        job, dead = self._database.write(lambda connection: self._claim_in(connection, kind, lane, owner, bury=False), ordered=False)
+        if not dead:
+            return job
+        # A burial is written into the audit trail, which has one order.
+        return self._database.write(lambda connection: self._claim_in(connection, kind, lane, owner, bury=True))[0]
 
-    def _first_due(self, connection: Connection, kind: JobKind, lane: str | None) -> Row[Any] | None:
-        wanted = {"kind_": kind.value, **self._times()}
-        for statement in _NEXT:
-            row = connection.execute(statement, {**wanted, "lane_": lane or ""}).first()
-            if row is not None:
-                return row
-        if lane is not None:
-            return None
-        lanes = [row.lane for row in connection.execute(_LANES, wanted) if row.lane]
-        heads = [row for row in (self._first_due(connection, kind, one) for one in lanes) if row is not None]
-        return min(heads, key=lambda row: (row.due_at, row.id), default=None)
+    def _heads(self, connection: Connection, kind: JobKind, lane: str | None) -> list[tuple[str, int]]:
+        """Return lanes with a job to claim, the one to be served first at the front, each with the place in `_PLACES` of its first job."""
+        wanted = self._wanted(kind)
 
-    def _claim_in(self, connection: Connection, kind: JobKind, lane: str | None, owner: str) -> Job | None:
+        def head(one: str) -> Row[Any] | None:
+            found = connection.execute(_HEADS, {**wanted, "lane_": one}).all()
+            return min(found, key=lambda row: (_PLACES[row.place][0], row.due_at, row.id), default=None)
+
+        first = head(lane or "")
+        if first is not None or lane is not None:
+            return [] if first is None else [(lane or "", first.place)]
+        named = [row.lane for row in connection.execute(_LANES, wanted) if row.lane]
+        found = [(row.due_at, row.id, one, row.place) for one in named if (row := head(one)) is not None]
+        return [(one, place) for _, _, one, place in sorted(found)]
+
+    def _lock_next(self, connection: Connection, kind: JobKind, lane: str | None) -> Row[Any] | None:
+        """Lock the job to be served first; None when there is none that nobody else is about to take."""
+        for one, place in self._heads(connection, kind, lane):
+            wanted = {**self._wanted(kind), "lane_": one}
+            for statement in (_LOCK[place], *_LOCK):
+                row = connection.execute(statement, wanted).first()
+                if row is not None:
+                    return row
+        return None
+
+    def _claim_in(self, connection: Connection, kind: JobKind, lane: str | None, owner: str, *, bury: bool) -> tuple[Job | None, bool]:
+        """Return what was claimed, and whether the next one is dead and has to be buried first."""
         for _ in range(_TRIES_TO_CLAIM):  # bounded: burying a thousand poisoned jobs is not done in one transaction
-            row = self._first_due(connection, kind, lane)
+            row = self._lock_next(connection, kind, lane)
             if row is None:
-                return None
+                return None, False
             if row.state == JobState.CLAIMED and row.attempts >= self._limit(kind):
+                if not bury:
+                    return None, True
                 reason = f"{row.attempts} workers died or hung over it"
                 self._take(connection, Step.EXHAUST, row.id, row.lease_token, self._ended(reason))
                 self._exhausted(connection, _job(row), reason)
                 continue
             step = Step.RECLAIM if row.state == JobState.CLAIMED else Step.CLAIM
-            now = self._now()
-            token = secrets.token_hex(16)
             values = {
-                "lease_token": token,
+                "lease_token": secrets.token_hex(16),
                 "lease_owner": owner,
                 "attempts": row.attempts + 1,
-                "due_at": now + self._lease,
+                "due_at": self._now() + self._lease,
                 "first_claimed_at": row.first_claimed_at if row.first_claimed_at is not None else to_micros(self._clock()),
             }
             self._take(connection, step, row.id, row.lease_token, values)
-            return _job(connection.execute(select(JOBS).where(JOBS.c.id == row.id)).one())
-        return None
+            return _job(SimpleNamespace(**{**row._mapping, **values, "state": _to(step)})), False  # noqa: SLF001 - SQLAlchemy's public accessor
+        return None, False
 
     # -- what the holder may do --------------------------------------------------------------------------------------------------
 
@@ -322,7 +373,8 @@ class WorkQueue:
             Another worker took the job: stop working on it.
         """
         self._database.write(
-            lambda connection: self._take(connection, Step.RENEW, job.id, job.lease_token, {"due_at": self._now() + self._lease})
+            lambda connection: self._take(connection, Step.RENEW, job.id, job.lease_token, {"due_at": self._now() + self._lease}),
+            ordered=False,
         )
 
     def finish_in(self, connection: Connection, job: Job, result: Mapping[str, Any]) -> None:
@@ -369,7 +421,7 @@ class WorkQueue:
         LeaseLost
             Another worker took the job.
         """
-        return self._database.write(lambda connection: self.fail_in(connection, job, reason, retryable=retryable))
+        return self._database.write(lambda connection: self.fail_in(connection, job, reason, retryable=retryable), ordered=False)
 
     def release(self, job: Job, *, after_s: float = 0.0, reason: str = "") -> None:
         """Give the job back untried: this claim does not count as an attempt, and the job is due in `after_s` seconds.
@@ -387,7 +439,20 @@ class WorkQueue:
             values = {**_unheld(self._now() + pause), "attempts": max(job.attempts - 1, 0)} | ({"reason": reason} if reason else {})
             self._take(connection, Step.RELEASE, job.id, job.lease_token, values)
 
-        self._database.write(work)
+        self._database.write(work, ordered=after_s <= 0)  # what is due at once wakes the others
+
+    def rehome(self, connection: Connection, sop_instance_uid: str) -> None:
+        """Let any node do the jobs about an instance, in the caller's transaction: its object is in the store now."""
+        connection.execute(_REHOME, {"uid": sop_instance_uid})
+
+    def cancel_in(self, connection: Connection, sop_instance_uids: Iterable[str]) -> int:
+        """Delete every job about these instances, in the caller's transaction, and return how many: the instances are being erased.
+
+        Who holds one of them gets :class:`LeaseLost` at its next step.
+        """
+        wanted = sorted(set(sop_instance_uids))
+        pages = (wanted[start : start + _PAGE] for start in range(0, len(wanted), _PAGE))
+        return sum(connection.execute(_CANCEL, {"uids": page}).rowcount for page in pages)
 
     # -- operators and metrics ---------------------------------------------------------------------------------------------------
 
@@ -416,7 +481,7 @@ class WorkQueue:
     def lanes(self, kind: JobKind) -> list[str]:
         """Return the lanes in which a job of `kind` is due, in order of name."""
         with self._database.read() as connection:
-            return [row.lane for row in connection.execute(_LANES, {"kind_": kind.value, **self._times()})]
+            return [row.lane for row in connection.execute(_LANES, self._wanted(kind))]
 
     def jobs_of(self, sop_instance_uid: str) -> list[Job]:
         """Return every job about an instance, oldest first."""
@@ -470,7 +535,7 @@ def _moment(micros: int | None) -> datetime | None:
     return None if micros is None else from_micros(micros)
 
 
-def _job(row: Row[Any]) -> Job:
+def _job(row: Row[Any] | SimpleNamespace) -> Job:
     return Job(
         id=row.id,
         kind=JobKind(row.kind),
@@ -486,4 +551,5 @@ def _job(row: Row[Any]) -> Job:
         available_at=_moment(row.due_at),
         created_at=_moment(row.created_at),
         finished_at=_moment(row.finished_at),
+        home=row.home,
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from storage.database import Database
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
-ANALYSE, DELIVER = JobKind.ANALYSE, JobKind.DELIVER
+ANALYSE, DELIVER, ARCHIVE = JobKind.ANALYSE, JobKind.DELIVER, JobKind.ARCHIVE
 
 
 class Time:
@@ -248,6 +248,73 @@ def test_poison_that_kills_its_workers_ends_dead(database: Database, queue: Work
     assert "3 workers" in poison.reason
 
 
+def test_a_death_is_told_in_its_own_transaction(database: Database, moment: Time) -> None:
+    """Whoever finds a job dead tells `exhausted`, once, before it claims the next one; what that raises undoes the burial."""
+    told: list[tuple[str, str]] = []
+    queue = make_queue(database, moment, exhausted=lambda _, job, reason: told.append((job.sop_instance_uid, reason)))
+    add(database, queue, "1.666")
+    for _ in range(3):
+        claimed(queue)
+        moment.passes(61)
+    assert (queue.claim(ANALYSE, owner="test"), told) == (None, [("1.666", "3 workers died or hung over it")])
+    assert queue.claim(ANALYSE, owner="test") is None
+    assert len(told) == 1
+
+
+def test_a_job_with_a_home_is_for_that_node_only(database: Database, moment: Time) -> None:
+    """Nodes claim what is for any node and their own, in order of waiting; a lane whose work is all another's is no lane."""
+    here, there, nowhere = (make_queue(database, moment, home=home) for home in ("a" * 16, "b" * 16, ""))
+    for uid, home in (("1.1", "a" * 16), ("1.2", ""), ("1.3", "b" * 16), ("1.4", "a" * 16)):
+        database.write(lambda connection, uid=uid, home=home: here.enqueue(connection, NewJob(DELIVER, uid, "pacs", home=home)))
+        moment.passes(1)
+    assert [claimed(here, DELIVER).sop_instance_uid for _ in range(3)] == ["1.1", "1.2", "1.4"]
+    assert (here.claim(DELIVER, owner="test"), here.claim(DELIVER, lane="pacs", owner="test"), here.lanes(DELIVER)) == (None, None, [])
+    assert (nowhere.claim(DELIVER, owner="test"), nowhere.lanes(DELIVER)) == (None, [])
+    assert there.lanes(DELIVER) == ["pacs"]
+    assert claimed(there, DELIVER).home == "b" * 16
+
+
+def test_a_job_at_home_nowhere_any_more_is_for_all(database: Database, moment: Time) -> None:
+    """After rehome every node may claim what is about the instance, and only that; it lives and dies with its transaction."""
+    here, there = (make_queue(database, moment, home=home) for home in ("a" * 16, "b" * 16))
+    for uid in ("1.1", "1.2"):
+        database.write(lambda connection, uid=uid: here.enqueue(connection, NewJob(ANALYSE, uid, home="a" * 16)))
+
+    def work(connection: Any) -> None:
+        here.rehome(connection, "1.2")
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        database.write(work)
+    assert there.claim(ANALYSE, owner="test") is None
+    database.write(lambda connection: here.rehome(connection, "1.2"))
+    assert (claimed(there).sop_instance_uid, there.claim(ANALYSE, owner="test")) == ("1.2", None)
+
+
+def test_an_archive_job_never_dies_of_failing(database: Database, moment: Time) -> None:
+    """The only copy of a landed instance lies on one disk: whatever fails, and however often, the job goes on."""
+    queue = WorkQueue(database=database, clock=moment.clock, monotonic=moment.monotonic, delay=lambda _: 1.0)
+    add(database, queue, kind=ARCHIVE)
+    for _ in range(300):
+        assert queue.fail(claimed(queue, ARCHIVE), "the store is away", retryable=True) is JobState.READY
+        moment.passes(1)
+        claimed(queue, ARCHIVE)
+        moment.passes(61)
+
+
+def test_jobs_of_erased_instances_are_gone(database: Database, queue: WorkQueue) -> None:
+    """cancel_in deletes every job about the instances, in whatever state; a holder can do nothing with its job any more."""
+    for uid in ("1.1", "1.2", "1.3"):
+        add(database, queue, uid)
+    add(database, queue, "1.2", DELIVER, "pacs")
+    held, kept = claimed(queue), claimed(queue)
+    assert database.write(lambda connection: queue.cancel_in(connection, ["1.1", "1.3", "1.1", "9.9"])) == 2
+    assert [len(queue.jobs_of(uid)) for uid in ("1.1", "1.2", "1.3")] == [0, 2, 0]
+    with pytest.raises(LeaseLost):
+        queue.finish(held, {})
+    queue.finish(kept, {})
+
+
 def test_an_operator_requeues(database: Database, queue: WorkQueue, moment: Time) -> None:
     """Dead and done jobs get fresh attempts, keep when they were first claimed; others are refused."""
     number = add(database, queue)
@@ -273,7 +340,7 @@ def test_counts_and_age_for_metrics(database: Database, queue: WorkQueue, moment
     queue.finish(claimed(queue), {})
     queue.fail(claimed(queue), "later", retryable=True)
     moment.passes(4)
-    assert queue.oldest_ready_s() == {ANALYSE: 4.0, DELIVER: 0.0}
+    assert queue.oldest_ready_s() == {ANALYSE: 4.0, DELIVER: 0.0, ARCHIVE: 0.0}
     counts = queue.counts()
     assert len(counts) == len(JobKind) * len(JobState)
     assert {key: number for key, number in counts.items() if number} == {(ANALYSE, JobState.READY): 2, (ANALYSE, JobState.DONE): 1}
