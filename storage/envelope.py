@@ -1,15 +1,18 @@
-"""Sealed objects: what an instance looks like at rest, and the keys that open it.
+"""Sealed objects: what an instance looks like at rest.
 
-An object is four parts, one after the other::
+An object is five parts, one after the other::
 
-    header    "DNSEALED" · version u16 · three fields, each u16 length + bytes: key id, wrapped data key, object key
+    header    "DNSEALED" · version u16 · object key: u16 length + bytes
     body      Tink streaming AEAD, AES256-GCM-HKDF, segments of 1 MiB: 40 bytes (40, salt 32, nonce prefix 7), then the segments
     footer    AES-256-GCM: the record of the instance as JSON
-    trailer   body length u64 · footer length u32 · "DNFOOTER"
+    capsule   study key id: u16 length + bytes · wrapped data key: u16 length + bytes
+    trailer   body length u64 · footer length u32 · capsule length u16 · "DNFOOTER"
 
-Numbers are big-endian. The data key is fresh for each object and wrapped by a key-encryption key (AES-KW, RFC 3394). The header is the
-body's associated data, so key id, version and object key cannot be exchanged; the footer is bound to the header and to the body's
-length. Header and trailer have one encoding only, and sizes must add up to the size of the object: no byte is free to change.
+Numbers are big-endian. The data key is fresh for each object and wrapped by a key of its study (AES-KW, RFC 3394), which is only known
+once the data set has been read: so the capsule comes late. The header is the body's associated data, so version and object key cannot be
+exchanged; the footer is bound to the header and to the body's length. A capsule that was changed, or is another object's, gives no data
+key or one that opens nothing here. Header, capsule and trailer have one encoding only, and sizes must add up to the size of the object:
+no byte is free to change.
 
 Anybody with the data key opens the body with Tink itself: a raw AES256_GCM_HKDF_1MB key whose material is the data key, and the header
 as associated data.
@@ -31,7 +34,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from storage.errors import IntegrityError
-from storage.keys import FileKeyring, Keyring, derive_key
+from storage.keys import KEY_BYTES, derive_key
 from storage.records import SealedObject
 
 if TYPE_CHECKING:
@@ -39,16 +42,16 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["FileKeyring", "Keyring", "Opener", "Sealer"]
+    from storage.study_keys import StudyKey, StudyKeys
 
-VERSION: Final = 1
+VERSION: Final = 2
 SEGMENT: Final = 1_048_576
 """Ciphertext bytes of a full segment, tag included."""
 FOOTER_LIMIT: Final = 16_777_216
 """Most bytes of an encrypted footer."""
 
 _MAGIC = b"DNSEALED"
-_TRAILER = struct.Struct(">QI8s")
+_TRAILER = struct.Struct(">QIH8s")
 _TRAILER_MAGIC = b"DNFOOTER"
 _TAG = 16
 _PREFIX = 7
@@ -56,14 +59,18 @@ _SALT = 32
 _BODY_HEADER = 1 + _SALT + _PREFIX
 _FULL = SEGMENT - _TAG
 """Plaintext bytes of a full segment; the first has the body header less."""
-_FOOTER_PURPOSE = b"dicom-node object footer 1"
+_FOOTER_PURPOSE = b"dicom-node object footer 2"
 _HEAD_READ = 4096
 _TAIL_READ = 16_384
+_CAPSULE_LIMIT = 1024
 
 
-def _header(key_id: str, wrapped: bytes, object_key: str) -> bytes:
-    fields = (key_id.encode("ascii"), wrapped, object_key.encode("ascii"))
-    return _MAGIC + struct.pack(">H", VERSION) + b"".join(struct.pack(">H", len(field)) + field for field in fields)
+def _fields(*fields: bytes) -> bytes:
+    return b"".join(struct.pack(">H", len(field)) + field for field in fields)
+
+
+def _header(object_key: str) -> bytes:
+    return _MAGIC + struct.pack(">H", VERSION) + _fields(object_key.encode("ascii"))
 
 
 def _nonce(prefix: bytes, segment: int, *, last: bool) -> bytes:
@@ -75,20 +82,17 @@ class Sealer:
 
     Parameters
     ----------
-    keyring : Keyring
-        Wraps the data key.
     object_key : str
         ASCII; the object opens under this key only.
     sink : callable
         Takes the sealed bytes in order. It must be done with a buffer when it returns: the next segment is written over it.
     """
 
-    def __init__(self, keyring: Keyring, object_key: str, sink: Callable[[Buffer], object]) -> None:
-        data_key = os.urandom(32)
-        self._key_id, wrapped = keyring.wrap(data_key)
+    def __init__(self, object_key: str, sink: Callable[[Buffer], object]) -> None:
+        self._data_key = data_key = os.urandom(KEY_BYTES)
         self._object_key = object_key
         self._sink = sink
-        self._header = _header(self._key_id, wrapped, object_key)
+        self._header = _header(object_key)
         salt = os.urandom(_SALT)
         self._prefix = os.urandom(_PREFIX)
         self._cipher = AESGCM(derive_key(data_key, salt=salt, info=self._header))
@@ -120,13 +124,17 @@ class Sealer:
             at += take
         self._hold(view[at:])
 
-    def finish(self, footer: Mapping[str, Any]) -> SealedObject:
+    def finish(self, footer: Mapping[str, Any], study_key: StudyKey, study_keys: StudyKeys) -> SealedObject:
         """Seal what is left, and the record; return what was written.
 
         Parameters
         ----------
         footer : mapping
-            JSON values only. Whoever holds the object can rebuild the index from it.
+            JSON values only. Whoever holds the object and its study's key can rebuild the index from it.
+        study_key : StudyKey
+            Of the study that the instance belongs to.
+        study_keys : StudyKeys
+            Wraps the data key with it.
 
         Raises
         ------
@@ -141,8 +149,9 @@ class Sealer:
         # the key serves this one message, so a constant nonce repeats nothing
         sealed = self._footer_cipher.encrypt(bytes(12), text, self._header + struct.pack(">Q", body))
         self._emit(sealed)
-        self._emit(_TRAILER.pack(body, len(sealed), _TRAILER_MAGIC))
-        return SealedObject(object_key=self._object_key, byte_count=self._byte_count, sha256=self._digest.hexdigest(), key_id=self._key_id)
+        capsule = _fields(study_key.id.encode("ascii"), study_keys.wrap_data_key(study_key, self._data_key))
+        self._emit(capsule + _TRAILER.pack(body, len(sealed), len(capsule), _TRAILER_MAGIC))
+        return SealedObject(self._object_key, self._byte_count, self._digest.hexdigest(), study_key.id)
 
     def _hold(self, piece: memoryview) -> None:
         end = self._held + len(piece)
@@ -178,7 +187,7 @@ class Opener:
 
     Parameters
     ----------
-    keyring : Keyring
+    study_keys : StudyKeys
         Unwraps the data key.
     object_key : str
         Under which the object was asked for.
@@ -192,32 +201,34 @@ class Opener:
     plaintext_size : int
         Bytes of plaintext.
     key_id : str
-        Of the key that wrapped the data key.
+        Of the study key that wrapped the data key.
 
     Raises
     ------
     IntegrityError
         Some byte is not what was sealed, the object is cut, or it is another one. So does every method.
+    Unavailable
+        The study key cannot be had now.
     """
 
-    def __init__(self, keyring: Keyring, object_key: str, read_at: Callable[[int, int], bytes], size: int) -> None:
+    def __init__(self, study_keys: StudyKeys, object_key: str, read_at: Callable[[int, int], bytes], size: int) -> None:
         self._read_at = read_at
         self._size = size
         head = self._fetch(0, min(size, _HEAD_READ))
-        header, self.key_id, wrapped, stated_key = self._parse_header(head)
-        if stated_key != object_key:
-            raise IntegrityError("the object in this place is another one: it was sealed under a different object key")
-        data_key = keyring.unwrap(self.key_id, wrapped)
+        header = self._parse_header(head, object_key)
         tail_at = max(size - _TAIL_READ, 0)
         tail = head if size <= _HEAD_READ else self._fetch(tail_at, size - tail_at)
-        body, footer = self._parse_trailer(tail, len(header))
-        self._body_at = len(header)
-        self._body = body
-        sealed = tail[-_TRAILER.size - footer : -_TRAILER.size]
-        if len(sealed) < footer:
-            sealed = self._fetch(size - _TRAILER.size - footer, footer)
-        self._footer = self._open_footer(data_key, sealed, header)
+        body, footer, capsule = self._parse_trailer(tail, len(header))
+        self.key_id, wrapped = self._parse_capsule(tail[-_TRAILER.size - capsule : -_TRAILER.size])
+        data_key = study_keys.unwrap(self.key_id, wrapped)
         start = len(header)
+        self._body_at = start
+        self._body = body
+        behind = _TRAILER.size + capsule
+        sealed = tail[-behind - footer : -behind]
+        if len(sealed) < footer:
+            sealed = self._fetch(size - behind - footer, footer)
+        self._footer = self._open_footer(data_key, sealed, header)
         begin = head[start : start + _BODY_HEADER]
         if begin[:1] != bytes((_BODY_HEADER,)):
             raise IntegrityError("the header of the object's body is damaged")
@@ -280,31 +291,40 @@ class Opener:
             raise IntegrityError(f"the object is cut: {len(data)} bytes instead of {length} at offset {offset}")
         return data
 
-    def _parse_header(self, head: bytes) -> tuple[bytes, str, bytes, str]:
+    def _parse_header(self, head: bytes, object_key: str) -> bytes:
         if head[: len(_MAGIC)] != _MAGIC:
             raise IntegrityError("no sealed object: it does not begin as one")
         at = len(_MAGIC) + 2
         if head[len(_MAGIC) : at] != struct.pack(">H", VERSION):
             raise IntegrityError(f"the object's format is not version {VERSION}; it is damaged, or a newer release wrote it")
-        fields = []
-        for _ in range(3):
-            length = int.from_bytes(head[at : at + 2], "big")
-            fields.append(head[at + 2 : at + 2 + length])
-            at += 2 + length
-        if at + _BODY_HEADER > len(head) or not (fields[0].isascii() and fields[2].isascii()):
-            raise IntegrityError("the header of the object is damaged")
-        return head[:at], fields[0].decode("ascii"), fields[1], fields[2].decode("ascii")
+        header = _header(object_key)
+        if head[: len(header)] != header:
+            raise IntegrityError("the object in this place is another one: sealed under a different object key, or its header is damaged")
+        if len(header) + _BODY_HEADER > len(head):
+            raise IntegrityError("the object is cut: it ends in its header")
+        return header
 
-    def _parse_trailer(self, tail: bytes, header: int) -> tuple[int, int]:
+    def _parse_trailer(self, tail: bytes, header: int) -> tuple[int, int, int]:
         if len(tail) < _TRAILER.size:
             raise IntegrityError("the object is cut: it has no trailer")
-        body, footer, magic = _TRAILER.unpack(tail[-_TRAILER.size :])
-        if magic != _TRAILER_MAGIC or header + body + footer + _TRAILER.size != self._size:
+        body, footer, capsule, magic = _TRAILER.unpack(tail[-_TRAILER.size :])
+        if magic != _TRAILER_MAGIC or header + body + footer + capsule + _TRAILER.size != self._size:
             raise IntegrityError("the object is cut or its trailer damaged")
         last = (body - 1) % SEGMENT + 1 if body else 0
-        if body < _BODY_HEADER + _TAG or last < _TAG or not _TAG <= footer <= FOOTER_LIMIT:
+        if body < _BODY_HEADER + _TAG or last < _TAG or not _TAG <= footer <= FOOTER_LIMIT or capsule > _CAPSULE_LIMIT:
             raise IntegrityError("the lengths in the object's trailer are impossible")
-        return body, footer
+        return body, footer, capsule
+
+    def _parse_capsule(self, capsule: bytes) -> tuple[str, bytes]:
+        fields = []
+        at = 0
+        for _ in range(2):
+            length = int.from_bytes(capsule[at : at + 2], "big")
+            fields.append(capsule[at + 2 : at + 2 + length])
+            at += 2 + length
+        if at != len(capsule) or not fields[0].isascii():
+            raise IntegrityError("the object's data key is damaged; restore the object from another copy")
+        return fields[0].decode("ascii"), fields[1]
 
     def _open_footer(self, data_key: bytes, sealed: bytes, header: bytes) -> bytes:
         cipher = AESGCM(derive_key(data_key, salt=None, info=_FOOTER_PURPOSE))

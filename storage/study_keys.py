@@ -1,0 +1,614 @@
+"""Study keys: between the ring and the objects. They make erasing a study and changing the wrapping key cheap.
+
+A study key is 32 random bytes that wrap the data keys of the objects of one study. It is kept wrapped by a key of the ring: in the table
+``study_keys``, and as a small document beside the objects, so that the bucket describes itself. Changing the wrapping key re-wraps study
+keys and touches no object; erasing the study keys of a study (`StudyKeys.forget_in`) makes every copy of its objects unreadable, those in
+backups included. A study may have several: each process that takes its first instance at the same moment makes one.
+
+What a process remembers is good for ``cache_s`` seconds and never prolonged by use. So an erased key stops working everywhere after that
+time (at once where it was erased), and with the key service away a process goes on for that time with the keys it has.
+
+References
+----------
+RFC 3394 AES Key Wrap
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
+from sqlalchemy import BigInteger, Column, Integer, Row, Table, Text, bindparam, delete, func, insert, select, update
+
+from storage.database import METADATA, from_micros, to_micros
+from storage.errors import IntegrityError, Unavailable
+from storage.failpoints import unarmed
+from storage.keys import Ring, derive_key
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from storage.database import Database
+
+STUDY_KEYS: Final = Table(
+    "study_keys",
+    METADATA,
+    Column("id", Text, primary_key=True),
+    Column("study_instance_uid", Text, nullable=False, index=True),
+    Column("wrapping_key_id", Text, nullable=False, index=True),
+    Column("wrapped", Text, nullable=False),
+    Column("stored", Integer, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+_T = STUDY_KEYS.c
+_FIND = select(STUDY_KEYS).where(_T.id == bindparam("study_key_id"))
+_OF_STUDY = select(STUDY_KEYS).where(_T.study_instance_uid == bindparam("study")).order_by(_T.created_at, _T.id)
+_IS_STORED = update(STUDY_KEYS).where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was")).values(stored=1)
+_RE_WRAP = (
+    update(STUDY_KEYS)
+    .where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was"), _T.stored == bindparam("was_stored"))
+    .values(wrapping_key_id=bindparam("by"), wrapped=bindparam("now"))
+)
+_LEFT = (
+    select(STUDY_KEYS)
+    .where(_T.wrapping_key_id != bindparam("primary"), _T.id > bindparam("after"))
+    .order_by(_T.id)
+    .limit(bindparam("at_most"))
+)
+_COUNT_LEFT = select(func.count()).select_from(STUDY_KEYS).where(_T.wrapping_key_id != bindparam("primary"))
+_USED = select(_T.id).where(_T.wrapping_key_id == bindparam("key_id")).limit(1)
+
+_FORMAT: Final = "dicom-node study key 1"
+_ID: Final = re.compile(r"[0-9a-f]{32}")
+_DOCUMENT_BYTES: Final = 65_536
+_DOCUMENT_PURPOSE: Final = b"dicom-node study key document 1"
+_BATCH: Final = 64
+_PARALLEL: Final = 4
+_STRIPES: Final = 64
+
+_log = logging.getLogger(__name__)
+
+PutDocument = Callable[[str, bytes], None]
+DeleteDocument = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StudyKey:
+    """A key of one study, opened."""
+
+    id: str
+    """32 hexadecimal digits, random."""
+    study_instance_uid: str
+    secret: bytes = field(repr=False)
+    """32 bytes; wraps data keys."""
+    wrapping_key_id: str
+    wrapped: bytes = field(repr=False)
+    """The secret as the ring wrapped it."""
+    created_at: datetime
+    stored: bool = False
+    """Whether its document is known to be in the object store."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a process remembers of a study key."""
+
+    key: StudyKey
+    until: float
+    in_table: bool
+    """Whether a row of it has been seen: if that row is gone, the key was erased."""
+
+
+def document_name(study_key_id: str) -> str:
+    """Return the name of a study key's document in the object store."""
+    return f"keys/{study_key_id[:2]}/{study_key_id}"
+
+
+class StudyKeys:
+    """The study keys as a process uses them; for any number of threads.
+
+    Parameters
+    ----------
+    database
+        Has the table ``study_keys``.
+    ring
+        Wraps and unwraps them.
+    cache_s
+        Seconds for which a key that was looked up is used without asking table and ring again.
+    cache_keys
+        How many keys are remembered, the least recently used are dropped.
+    monotonic
+        Seconds of a clock that is never set.
+    reach
+        Failpoints ``rotate.wrapped``, ``rotate.document``, ``rotate.row``.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        ring: Ring,
+        cache_s: float = 60.0,
+        cache_keys: int = 10_000,
+        monotonic: Callable[[], float] = time.monotonic,
+        reach: Callable[[str], None] = unarmed,
+    ) -> None:
+        self._database = database
+        self._ring = ring
+        self._cache_s = cache_s
+        self._cache_keys = cache_keys
+        self._monotonic = monotonic
+        self._reach = reach
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._current: dict[str, str] = {}
+        # one lookup at a time for a study, so that a rush of first instances makes one key
+        self._stripes = tuple(threading.Lock() for _ in range(_STRIPES))
+
+    # -- sealing -----------------------------------------------------------------------------------------------------------------
+
+    def current(self, study_instance_uid: str) -> StudyKey:
+        """Return the key that new objects of the study are sealed under; a new one, not in the table yet, when there is none.
+
+        Raises
+        ------
+        Unavailable
+            Database, ring or key service cannot be used now.
+        """
+        with self._stripes[hash(study_instance_uid) % _STRIPES]:
+            held = self._remembered(study_instance_uid)
+            if held is not None:
+                return held
+            for row in self._rows(study_instance_uid):
+                try:
+                    key = self._opened(row)
+                except IntegrityError as error:
+                    _log.error("study_key.damaged", extra={"study_key_id": row.id, "reason": str(error)})
+                    continue
+                self._remember(key, in_table=True, current=True)
+                return key
+            study_key_id = secrets.token_hex(16)
+            wrapping_key_id, secret, wrapped = self._ring.generate(study_key_id)
+            # whole microseconds, as the table keeps it
+            created_at = from_micros(to_micros(self._database.clock()))
+            key = StudyKey(study_key_id, study_instance_uid, secret, wrapping_key_id, wrapped, created_at)
+            self._remember(key, in_table=False, current=True)
+            return key
+
+    def store_in(self, connection: Connection, study_key: StudyKey, *, stored: bool = False) -> None:
+        """Inside of a ``Database.write``: have the key in the table, where an object sealed under it is admitted. May be repeated.
+
+        Parameters
+        ----------
+        connection
+            Of the transaction.
+        study_key
+            From `current` of this process.
+        stored
+            Whether ``document(study_key)`` was put into the object store for this.
+
+        Raises
+        ------
+        Unavailable
+            The key was erased, or its wrapping key retired, since it was taken: what was sealed under it must not be admitted. When
+            the sender tries again, it is sealed under a new one.
+        """
+        row = connection.execute(_FIND, {"study_key_id": study_key.id}).first()
+        if row is None:
+            self._require_fit(study_key)
+            connection.execute(insert(STUDY_KEYS), _values(study_key, stored=stored))
+        elif stored and not row.stored:
+            self.mark_stored_in(connection, study_key)
+        elif stored and row.wrapped != _text(study_key.wrapped):
+            # re-wrapped while the older document was on its way, which may have replaced the newer one: it has to be put again
+            connection.execute(update(STUDY_KEYS).where(_T.id == study_key.id).values(stored=0))
+        self._database.on_commit(lambda: self._seen_in_table(study_key.id))
+
+    def restore_in(self, connection: Connection, study_key: StudyKey) -> None:
+        """Inside of a ``Database.write``: take over a key from its document in the store; a row that is there stays as it is."""
+        if connection.execute(_FIND, {"study_key_id": study_key.id}).first() is None:
+            connection.execute(insert(STUDY_KEYS), _values(study_key, stored=True))
+
+    def _require_fit(self, study_key: StudyKey) -> None:
+        """Let only a key come into the table that was made here and never was in it: an erased one must not come back."""
+        with self._lock:
+            held = self._held.get(study_key.id)
+            fit = held is not None and not held.in_table
+        if not fit:
+            self._drop([study_key.id])
+            raise Unavailable("the keys of the study changed while this instance arrived (erased, perhaps): send it again")
+        # asked in the transaction, which `retire` excludes: no row can come under a wrapping key that is being removed
+        if not self._ring.holds(study_key.wrapping_key_id):
+            self._drop([study_key.id])
+            raise Unavailable("the wrapping key was retired while this instance arrived: send it again")
+
+    def wrap_data_key(self, study_key: StudyKey, data_key: bytes) -> bytes:
+        """Wrap the data key of an object (32 bytes) for the object's capsule (RFC 3394)."""
+        return aes_key_wrap(study_key.secret, data_key)
+
+    # -- opening -----------------------------------------------------------------------------------------------------------------
+
+    def unwrap(self, study_key_id: str, wrapped: bytes) -> bytes:
+        """Return the data key of an object from what its capsule says.
+
+        Raises
+        ------
+        IntegrityError
+            There is no such study key (any more), or it did not wrap these bytes.
+        Unavailable
+            Database, ring or key service cannot be used now.
+        """
+        key = self._fresh(study_key_id) or self.get(study_key_id)
+        try:
+            return aes_key_unwrap(key.secret, wrapped)
+        except InvalidUnwrap as error:
+            raise IntegrityError("the object's data key is damaged, or another object's; restore the object from another copy") from error
+
+    def get(self, study_key_id: str) -> StudyKey:
+        """Return a key as the table has it now.
+
+        Raises
+        ------
+        IntegrityError
+            There is no such study key (any more), or the ring does not open it.
+        Unavailable
+            Database, ring or key service cannot be used now.
+        """
+        with self._database.read() as connection:
+            row = connection.execute(_FIND, {"study_key_id": study_key_id}).first()
+        if row is not None:
+            key = self._opened(row)
+            self._remember(key, in_table=True, current=False)
+            return key
+        with self._lock:
+            held = self._held.get(study_key_id)
+            if held is not None and not held.in_table:
+                return held.key  # of an object that was sealed here and is not admitted yet
+        self._drop([study_key_id])
+        raise IntegrityError(
+            "there is no such study key: the study of this object was erased, or the table lost the key "
+            "(`dicom-node reindex` brings it back from the store)"
+        )
+
+    def all_of(self, study_instance_uid: str) -> list[StudyKey]:
+        """Return every key of a study, oldest first. Raises as `get`."""
+        return [self._opened(row) for row in self._rows(study_instance_uid)]
+
+    # -- erasing -----------------------------------------------------------------------------------------------------------------
+
+    def forget_in(self, connection: Connection, study_instance_uid: str) -> list[str]:
+        """Inside of a ``Database.write``: erase every key of a study.
+
+        Returns
+        -------
+        list of str
+            Their ids: the caller deletes every version of the documents of that name (`document_name`) after the commit. Other processes
+            stop using the keys within ``cache_s``.
+        """
+        ids = [row.id for row in connection.execute(_OF_STUDY, {"study": study_instance_uid})]
+        connection.execute(delete(STUDY_KEYS).where(_T.study_instance_uid == study_instance_uid))
+        self._drop(ids)  # for what follows in the same commit; and again after it, as a reader may have seen the rows until then
+        self._database.on_commit(lambda: self._drop(ids))
+        return ids
+
+    # -- documents ---------------------------------------------------------------------------------------------------------------
+
+    def document(self, study_key: StudyKey) -> bytes:
+        """Return what the object store keeps of a key: JSON, the UID of the study encrypted under the key itself."""
+        plain = {
+            "format": _FORMAT,
+            "id": study_key.id,
+            "wrapping_key_id": study_key.wrapping_key_id,
+            "wrapped": _text(study_key.wrapped),
+            "created_at": study_key.created_at.isoformat(),
+        }
+        # the derived key serves this one message, the same whenever it is written: a constant nonce repeats nothing else
+        study = _document_cipher(study_key.secret).encrypt(
+            bytes(12), study_key.study_instance_uid.encode("ascii"), _bound(study_key.id, plain["created_at"])
+        )
+        return json.dumps({**plain, "study": _text(study)}, sort_keys=True).encode() + b"\n"
+
+    def from_document(self, content: bytes) -> StudyKey:
+        """Return the key that a document keeps; the way back of `document`.
+
+        Raises
+        ------
+        IntegrityError
+            The document is damaged, or the ring does not open it.
+        Unavailable
+            The key service cannot be used now.
+        """
+        try:
+            if len(content) > _DOCUMENT_BYTES:
+                raise ValueError("length")  # noqa: TRY301 - one sentence for all that is wrong with it
+            found: dict[str, str] = json.loads(content)
+            if found["format"] != _FORMAT or not _ID.fullmatch(found["id"]):
+                raise ValueError("format")  # noqa: TRY301
+            wrapped, study = (base64.b64decode(found[name], validate=True) for name in ("wrapped", "study"))
+            created_at = datetime.fromisoformat(found["created_at"])
+            wrapping_key_id = str(found["wrapping_key_id"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(f"a study key's document is damaged ({type(error).__name__}): restore it from another copy") from error
+        secret = self._ring.unwrap(wrapping_key_id, wrapped, found["id"])
+        try:
+            uid = _document_cipher(secret).decrypt(bytes(12), study, _bound(found["id"], found["created_at"])).decode("ascii")
+        except (InvalidTag, ValueError) as error:
+            raise IntegrityError("the document of a study key was changed: restore it from another copy") from error
+        return StudyKey(found["id"], uid, secret, wrapping_key_id, wrapped, created_at, stored=True)
+
+    def publish(self, study_key_id: str, *, put_document: PutDocument, delete_document: DeleteDocument) -> None:
+        """Put the document of a key into the object store and record that; safe beside a rotation and an erasure of the same key.
+
+        Raises
+        ------
+        IntegrityError
+            There is no such study key (any more); no document of it was left behind.
+        Unavailable
+            The store, or as `get`.
+        """
+        name = document_name(study_key_id)
+        while True:
+            key = self._fresh(study_key_id)
+            if key is None or not key.stored:
+                key = self.get(study_key_id)
+            if key.stored:
+                return
+            put_document(name, self.document(key))
+            if self._database.write(partial(self.mark_stored_in, study_key=key)):
+                return
+            if not self.known([study_key_id]):
+                delete_document(name)
+
+    def mark_stored_in(self, connection: Connection, study_key: StudyKey) -> bool:
+        """Inside of a ``Database.write``: record that ``document(study_key)`` is in the store; False when the key changed meanwhile."""
+        marked = connection.execute(_IS_STORED, {"study_key_id": study_key.id, "was": _text(study_key.wrapped)}).rowcount == 1
+        if marked:
+            self._database.on_commit(lambda: self._seen_in_table(study_key.id, stored=True))
+        return marked
+
+    def unpublished(self, at_most: int = 1000) -> list[str]:
+        """Return ids of keys in the table whose document is not known to be in the store."""
+        with self._database.read() as connection:
+            return list(connection.scalars(select(_T.id).where(_T.stored == 0).order_by(_T.id).limit(at_most)))
+
+    def known(self, study_key_ids: Iterable[str]) -> set[str]:
+        """Return those of the ids (a few hundred at most) that are in the table; the document of any other is an orphan."""
+        with self._database.read() as connection:
+            return set(connection.scalars(select(_T.id).where(_T.id.in_(list(study_key_ids)))))
+
+    # -- changing the wrapping key -----------------------------------------------------------------------------------------------
+
+    def counts(self) -> dict[str, int]:
+        """Return how many study keys each wrapping key wraps."""
+        statement = select(_T.wrapping_key_id, func.count()).group_by(_T.wrapping_key_id)
+        with self._database.read() as connection:
+            return {row[0]: row[1] for row in connection.execute(statement)}
+
+    def rotate(
+        self,
+        progress: Callable[[int, int], None] = lambda _done, _total: None,
+        *,
+        put_document: PutDocument,
+        delete_document: DeleteDocument,
+    ) -> int:
+        """Re-wrap every study key that is not wrapped by the primary key, while others seal and read.
+
+        For each: wrap anew, replace the document if there is one, change the row. Killed at any point, the row tells what is left:
+        run it again. One at a time for a database, please: two would do the work twice.
+
+        Parameters
+        ----------
+        progress
+            Called with (done, total) after each batch; the total may grow while others go on making keys.
+        put_document, delete_document
+            Of the object store.
+
+        Returns
+        -------
+        int
+            How many were re-wrapped.
+
+        Raises
+        ------
+        IntegrityError
+            Some could not be opened (they stand in the log); all others are done.
+        Unavailable
+            Database, store, ring or key service; what was done stays done.
+        """
+        done, damaged = 0, 0
+        again = True
+        with ThreadPoolExecutor(_PARALLEL, "rotate") as pool:
+            while again:  # until a whole pass finds nothing: keys may come under the old wrapping key meanwhile
+                again, damaged, after = False, 0, ""
+                total = done + self._count_left()
+                while batch := self._left(after):
+                    after = batch[-1].id
+                    tasks = [pool.submit(self._re_wrapped, row, put_document) for row in batch]
+                    pairs = [(row, task.result()) for row, task in zip(batch, tasks, strict=True)]
+                    fresh = [(row, key) for row, key in pairs if key is not None]
+                    damaged += len(batch) - len(fresh)
+                    changed = self._database.write(partial(_replace_in, fresh=fresh))
+                    self._reach("rotate.row")
+                    self._tidy([row.id for row, _ in fresh if row.id not in changed], delete_document)
+                    done += len(changed)
+                    again = again or bool(fresh)
+                    progress(done, max(done, total))
+        if damaged:
+            raise IntegrityError(
+                f"{damaged} study keys could not be opened and keep their wrapping key: the log names them; restore their documents or rows"
+            )
+        return done
+
+    def unused(self, wrapping_key_id: str) -> bool:
+        """Tell whether no study key is wrapped by a key of the ring."""
+        with self._database.read() as connection:
+            return connection.execute(_USED, {"key_id": wrapping_key_id}).first() is None
+
+    def retire(self, wrapping_key_id: str) -> None:
+        """Remove a key from the ring file, unless something uses it.
+
+        Raises
+        ------
+        Unavailable
+            A study key is wrapped by it; or as ``Ring.remove``.
+
+        Notes
+        -----
+        Looked up and removed in one write transaction, and a new row asks the ring in its own: no row comes between. That holds for all
+        processes that share this file; a node with a copy of the ring needs the new copy before.
+        """
+
+        def work(connection: Connection) -> None:
+            if connection.execute(_USED, {"key_id": wrapping_key_id}).first() is not None:
+                raise Unavailable(f"key {wrapping_key_id} still wraps study keys: run `dicom-node keys rotate`, then remove it")
+            Ring.remove(self._ring.path, wrapping_key_id)
+
+        self._database.write(work)
+
+    def _left(self, after: str) -> list[Row[Any]]:
+        with self._database.read() as connection:
+            found = connection.execute(_LEFT, {"primary": self._ring.primary_key_id, "after": after, "at_most": _BATCH})
+            return list(found)
+
+    def _count_left(self) -> int:
+        with self._database.read() as connection:
+            return int(connection.execute(_COUNT_LEFT, {"primary": self._ring.primary_key_id}).scalar_one())
+
+    def _re_wrapped(self, row: Row[Any], put_document: PutDocument) -> StudyKey | None:
+        """Return a key with a new wrap and its document replaced; None when it cannot be opened."""
+        try:
+            key = self._opened(row)
+        except IntegrityError as error:
+            _log.error("study_key.damaged", extra={"study_key_id": row.id, "reason": str(error)})
+            return None
+        wrapping_key_id, wrapped = self._ring.wrap(key.secret, key.id)
+        key = replace(key, wrapping_key_id=wrapping_key_id, wrapped=wrapped)
+        self._reach("rotate.wrapped")
+        if key.stored:
+            put_document(document_name(key.id), self.document(key))
+            self._reach("rotate.document")
+        return key
+
+    def _tidy(self, study_key_ids: list[str], delete_document: DeleteDocument) -> None:
+        """Take back the documents of keys that were erased while they were re-wrapped; those that only changed come again."""
+        known = self.known(study_key_ids)
+        for study_key_id in study_key_ids:
+            if study_key_id not in known:
+                delete_document(document_name(study_key_id))
+
+    # -- what a process remembers ------------------------------------------------------------------------------------------------
+
+    def _rows(self, study_instance_uid: str) -> list[Row[Any]]:
+        with self._database.read() as connection:
+            return list(connection.execute(_OF_STUDY, {"study": study_instance_uid}))
+
+    def _opened(self, row: Row[Any]) -> StudyKey:
+        try:
+            wrapped = base64.b64decode(row.wrapped, validate=True)
+        except ValueError as error:
+            raise IntegrityError("a row of the table study_keys is damaged: restore the database from its copy, or reindex") from error
+        known = self._fresh(row.id)
+        secret = known.secret if known is not None and known.wrapped == wrapped else self._ring.unwrap(row.wrapping_key_id, wrapped, row.id)
+        created_at = from_micros(row.created_at)
+        return StudyKey(row.id, row.study_instance_uid, secret, row.wrapping_key_id, wrapped, created_at, bool(row.stored))
+
+    def _remembered(self, study_instance_uid: str) -> StudyKey | None:
+        """Return the key that was current for the study, if it still may be."""
+        with self._lock:
+            held = self._held.get(self._current.get(study_instance_uid, ""))
+            if held is None or self._monotonic() >= held.until:
+                return None
+            self._held.move_to_end(held.key.id)
+        if not held.in_table and held.key.wrapping_key_id != self._ring.primary_key_id:
+            return None  # never admitted: a rotation that is over has not seen it
+        return held.key
+
+    def _fresh(self, study_key_id: str) -> StudyKey | None:
+        with self._lock:
+            held = self._held.get(study_key_id)
+            if held is None or self._monotonic() >= held.until:
+                return None
+            self._held.move_to_end(study_key_id)
+            return held.key
+
+    def _remember(self, key: StudyKey, *, in_table: bool, current: bool) -> None:
+        until = self._monotonic() + self._cache_s
+        with self._lock:
+            self._held[key.id] = _Held(key, until, in_table)
+            self._held.move_to_end(key.id)
+            if current:
+                self._current[key.study_instance_uid] = key.id
+            while len(self._held) > self._cache_keys:
+                self._forget(next(iter(self._held)))
+
+    def _seen_in_table(self, study_key_id: str, *, stored: bool = False) -> None:
+        with self._lock:
+            held = self._held.get(study_key_id)
+            if held is not None:
+                held.in_table = True
+                held.key = replace(held.key, stored=held.key.stored or stored)
+
+    def _drop(self, study_key_ids: Iterable[str]) -> None:
+        with self._lock:
+            for study_key_id in study_key_ids:
+                self._forget(study_key_id)
+
+    def _forget(self, study_key_id: str) -> None:
+        held = self._held.pop(study_key_id, None)
+        if held is not None and self._current.get(held.key.study_instance_uid) == study_key_id:
+            del self._current[held.key.study_instance_uid]
+
+
+def _replace_in(connection: Connection, fresh: list[tuple[Row[Any], StudyKey]]) -> set[str]:
+    """Write the new wraps of those rows that are still as they were read; return their ids."""
+    changed = set()
+    for row, key in fresh:
+        values = {
+            "study_key_id": row.id,
+            "was": row.wrapped,
+            "was_stored": row.stored,
+            "by": key.wrapping_key_id,
+            "now": _text(key.wrapped),
+        }
+        if connection.execute(_RE_WRAP, values).rowcount == 1:
+            changed.add(row.id)
+    return changed
+
+
+def _values(key: StudyKey, *, stored: bool) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "study_instance_uid": key.study_instance_uid,
+        "wrapping_key_id": key.wrapping_key_id,
+        "wrapped": _text(key.wrapped),
+        "stored": int(stored),
+        "created_at": to_micros(key.created_at),
+    }
+
+
+def _document_cipher(secret: bytes) -> AESGCM:
+    return AESGCM(derive_key(secret, salt=None, info=_DOCUMENT_PURPOSE))
+
+
+def _bound(study_key_id: str, created_at: str) -> bytes:
+    return f"{study_key_id} {created_at}".encode()
+
+
+def _text(secret: bytes) -> str:
+    return base64.b64encode(secret).decode("ascii")
