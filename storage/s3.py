@@ -1,60 +1,102 @@
-"""S3Store: sealed objects in an S3 bucket. With the key management service to come, the only importer of boto3."""
+"""S3Store: sealed objects in an S3 bucket. With `storage.s3_client` and `storage.kms` the only importer of boto3."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import hashlib
+import logging
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC
+from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urlencode
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-from urllib3.exceptions import HTTPError
+from botocore.exceptions import ClientError
 
-from storage.errors import StorageError, Unavailable
+from storage.errors import ColdObject, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
-from storage.objects import CHUNK, OBJECT_KEY, ObjectInfo, ObjectReader, absent, disk_unavailable, occupied, relative_path
+from storage.objects import (
+    CHUNK,
+    DOCUMENT_BYTES,
+    DOCUMENT_NAME,
+    OBJECT_KEY,
+    ObjectInfo,
+    ObjectReader,
+    absent,
+    disk_unavailable,
+    document_content,
+    document_path,
+    document_prefix,
+    no_document,
+    occupied,
+    oversized,
+    relative_path,
+    wrong_length,
+)
+from storage.s3_client import AddressingStyle, Deadline, S3Client, Window, code_of, retries_of, status_of
+from storage.s3_reader import ObjectStream, S3Reader
 
 if TYPE_CHECKING:
     from storage.records import SealedObject
 
-_BROKEN_OFF = (BotoCoreError, HTTPError, OSError)
-"""What reading a body raises; botocore translates most, but not all, of what lies under it."""
+COLD_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+"""Storage classes whose objects must be restored before they can be read."""
+_RESTORE_S = MappingProxyType({"Expedited": 300, "Standard": 4 * 3600, "Bulk": 12 * 3600})
+_DEEP_RESTORE_S = MappingProxyType({"Expedited": 12 * 3600, "Standard": 12 * 3600, "Bulk": 48 * 3600})
+_DEEP = frozenset({"DEEP_ARCHIVE", "DEEP_ARCHIVE_ACCESS"})
+_NOT_IMPLEMENTED: frozenset[str | int] = frozenset({"NotImplemented", "MethodNotAllowed", 405, 501})
+_CLEANING_S = 15.0
+"""Deadline for removing what a failed operation left; its own has passed perhaps."""
+
+_log = logging.getLogger(__name__)
 
 
-def _wait(attempt: int) -> None:
-    time.sleep(random.uniform(0.05, 0.2) * 2**attempt)  # noqa: S311 - jitter, no secret
-
-
-# --- S3 --------------------------------------------------------------------------------------------------------------
+class _Held(Enum):
+    SAME = "the bytes that were put"
+    OTHER = "other bytes"
+    NOTHING = "nothing"
+    UNKNOWN = "an object in a cold class whose digest the store does not tell"
 
 
 class S3Store:
     """Objects in an S3 bucket (AWS or a compatible service).
 
-    Credentials come from boto3's standard chain (environment, profile, container or instance role), never from an
-    argument. A 200 is no proof: after every upload the object is read back and its SHA-256 compared before ``put``
-    returns (policy ``archive``).
+    Credentials come from boto3's standard chain (environment, profile, container or instance role), never from an argument.
+
+    A 200 is no proof: after every upload the object is read back and its SHA-256 compared before ``put`` returns. An object put
+    directly into a cold class (GLACIER, DEEP_ARCHIVE) cannot be read back: there the service's own SHA-256 and length are compared,
+    which is the service's word, checked by it against the digest that was sent. A service that tells no digest is not believed.
+    Let a lifecycle rule move objects instead where that matters.
 
     Parameters
     ----------
-    bucket, prefix, endpoint_url, region
-        Where; `prefix` is put before every key as it is, so end it with a slash. A node never creates its bucket.
-    server_side_encryption, storage_class
-        Passed on with every upload when not empty (``AES256``, ``aws:kms``; ``STANDARD_IA`` …).
-    connect_timeout_s, read_timeout_s, attempts
-        Bounds of one request, and how often it is tried (growing delay with jitter).
+    bucket, prefix, endpoint_url, region, addressing_style, ca_file
+        Where; `prefix` is put before every key as it is, so end it with a slash. A node never creates its bucket. See `S3Client`.
+    server_side_encryption, kms_key_id
+        ``AES256`` or ``aws:kms`` (with the key of `kms_key_id`, else the bucket's), sent with every upload; empty: the bucket's setting.
+    storage_class
+        Any of the service's, ``INTELLIGENT_TIERING`` for one; empty: the bucket's. Documents always stay in the standard class.
+    tags
+        Put on every object, with those of ``put``; for lifecycle rules. At most ten in all. Documents have none.
+    restore_tier, restore_days
+        How objects of a cold class are restored (``Expedited``, ``Standard``, ``Bulk``), and for how long the copy stays.
+    connect_timeout_s, read_timeout_s, attempts, sleep
+        See `S3Client`.
+    deadline_s, minimum_bytes_per_s
+        Every operation ends after `deadline_s` seconds, plus the time its bytes take at `minimum_bytes_per_s` (a ``put`` moves them twice).
     multipart_bytes, part_bytes
-        Above `multipart_bytes` an object goes up in parts of `part_bytes` (at least 5 MiB), each held in memory once.
-    pause
-        Waits before the n-th repetition of a reading (the upload's own are botocore's).
+        Above `multipart_bytes` an object goes up in parts of `part_bytes` (at least 5 MiB). Parts too are read from the disk as they are
+        sent: memory does not grow with either.
+
+    Raises
+    ------
+    ValueError
+        More than ten tags, or an unknown tier.
     """
 
     remote = True
@@ -66,256 +108,436 @@ class S3Store:
         prefix: str = "",
         endpoint_url: str | None = None,
         region: str | None = None,
+        addressing_style: AddressingStyle = "auto",
+        ca_file: Path | None = None,
         server_side_encryption: str = "",
+        kms_key_id: str = "",
         storage_class: str = "",
+        tags: Mapping[str, str] | None = None,
+        restore_tier: str = "Standard",
+        restore_days: int = 7,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 30.0,
-        attempts: int = 4,
-        multipart_bytes: int = 64 * 1024**2,
-        part_bytes: int = 16 * 1024**2,
-        pause: Callable[[int], None] = _wait,
+        attempts: int = 6,
+        deadline_s: float = 120.0,
+        minimum_bytes_per_s: int = 128 << 10,
+        multipart_bytes: int = 64 << 20,
+        part_bytes: int = 16 << 20,
+        sleep: Callable[[float], None] = time.sleep,
         reach: Callable[[str], None] = unarmed,
     ) -> None:
+        if restore_tier not in _RESTORE_S:
+            raise ValueError(f"a tier of restoring is one of {', '.join(_RESTORE_S)}")
         self._bucket = bucket
         self._prefix = prefix
-        self._attempts = attempts
+        self._tags = dict(tags or {})
+        self._tagging(None)
+        self._restore_tier = restore_tier
+        self._restore_days = restore_days
+        self._deadline_s = deadline_s
+        self._minimum_bytes_per_s = minimum_bytes_per_s
         self._multipart_bytes = multipart_bytes
         self._part_bytes = part_bytes
-        self._pause = pause
         self._reach = reach
-        self._extra: dict[str, str] = {}
+        self._encryption: dict[str, Any] = {}
         if server_side_encryption:
-            self._extra["ServerSideEncryption"] = server_side_encryption
-        if storage_class:
-            self._extra["StorageClass"] = storage_class
-        self._client: Any = boto3.session.Session().client(
-            "s3",
+            self._encryption["ServerSideEncryption"] = server_side_encryption
+        if kms_key_id:
+            self._encryption["SSEKMSKeyId"] = kms_key_id
+        self._class = {"StorageClass": storage_class} if storage_class else {}
+        self._client = S3Client(
+            bucket=bucket,
             endpoint_url=endpoint_url,
-            region_name=region,
-            config=Config(
-                connect_timeout=connect_timeout_s,
-                read_timeout=read_timeout_s,
-                retries={"total_max_attempts": attempts, "mode": "standard"},
-                max_pool_connections=64,
-                # Checksums are ours, given with each request; the automatic ones use trailers that few compatible services know.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                # A service of one's own rarely has a name per bucket; AWS itself prefers names.
-                s3={"addressing_style": "path" if endpoint_url else "auto"},
-            ),
+            region=region,
+            addressing_style=addressing_style,
+            ca_file=ca_file,
+            connect_timeout_s=connect_timeout_s,
+            read_timeout_s=read_timeout_s,
+            attempts=attempts,
+            sleep=sleep,
         )
 
-    def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:  # noqa: ARG002 - next commit
-        """Upload with Content-MD5 and SHA-256, read back, compare. See `ObjectStore.put`."""
+    def _deadline(self, byte_count: int = 0) -> Deadline:
+        return Deadline(self._deadline_s + byte_count / self._minimum_bytes_per_s)
+
+    def _tagging(self, tags: Mapping[str, str] | None) -> dict[str, str]:
+        merged = {**self._tags, **(tags or {})}
+        if len(merged) > 10:
+            raise ValueError(f"an object has at most ten tags, these are {len(merged)}; shorten [archive] tags")
+        return {"Tagging": urlencode(merged)} if merged else {}
+
+    # --- put -------------------------------------------------------------------------------------------------------------
+
+    def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:
+        """Upload with Content-MD5 and SHA-256, then read back and compare. See `ObjectStore.put`.
+
+        Whether an answer was lost or another process was faster, the bytes that are read back decide. Only what was read whole and is
+        surely other than what was put is removed again.
+        """
         name = self._prefix + relative_path(object_key)
+        extra = {**self._encryption, **self._class, **self._tagging(tags)}
+        deadline = self._deadline(2 * sealed.byte_count)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+                length = os.fstat(file.fileno()).st_size
+                if length != sealed.byte_count:
+                    raise wrong_length(object_key, length, sealed.byte_count)
+                upload = self._put_in_parts if sealed.byte_count > self._multipart_bytes else self._put_whole
+                ours, checksum = upload(name, file, sealed, extra, deadline)
         except OSError as error:
             raise disk_unavailable(error, path.parent) from error
-        with os.fdopen(descriptor, "rb") as file:
-            try:
-                if sealed.byte_count > self._multipart_bytes:
-                    self._put_in_parts(name, file)
-                else:
-                    self._put_whole(name, file, sealed)
-            except (BotoCoreError, ClientError) as error:
-                # 412: the object is there. Was it our own upload, whose answer got lost? The digest tells.
-                if not (isinstance(error, ClientError) and _status_of(error) == 412):
-                    raise self._unavailable(error, "write") from error
-                if self._read_back(name) != (sealed.byte_count, sealed.sha256):
-                    raise occupied(object_key) from error
-            except OSError as error:
-                raise disk_unavailable(error, path.parent) from error
         self._reach("object.renamed")
-        self._confirm(object_key, name, sealed)
+        self._confirm(name, sealed, checksum, deadline, ours=ours)
         self._reach("directory.flushed")
 
-    def _put_whole(self, name: str, file: BinaryIO, sealed: SealedObject) -> None:
-        md5 = hashlib.md5(usedforsecurity=False)
+    def _put_whole(self, name: str, file: BinaryIO, sealed: SealedObject, extra: Mapping[str, Any], deadline: Deadline) -> tuple[bool, str]:
+        """Return whether what lies under `name` now came from this call (or may have), and the checksum that the store should know."""
+        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
         while chunk := file.read(CHUNK):
             md5.update(chunk)
-        file.seek(0)
-        self._client.put_object(
-            Bucket=self._bucket,
-            Key=name,
-            Body=file,
-            ContentLength=sealed.byte_count,
-            ContentMD5=base64.b64encode(md5.digest()).decode(),
-            ChecksumSHA256=base64.b64encode(bytes.fromhex(sealed.sha256)).decode(),
-            IfNoneMatch="*",
-            **self._extra,
-        )
-
-    def _put_in_parts(self, name: str, file: BinaryIO) -> None:
-        upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=name, ChecksumAlgorithm="SHA256", **self._extra)["UploadId"]
+            sha256.update(chunk)
+        _require_unchanged(sealed, sha256.hexdigest())
+        checksum = base64.b64encode(sha256.digest()).decode()
         try:
-            parts: list[dict[str, Any]] = []
-            while part := file.read(self._part_bytes):
-                digest = base64.b64encode(hashlib.sha256(part).digest()).decode()
-                answer = self._client.upload_part(
-                    Bucket=self._bucket,
-                    Key=name,
-                    UploadId=upload,
-                    PartNumber=len(parts) + 1,
-                    Body=part,
-                    ContentMD5=base64.b64encode(hashlib.md5(part, usedforsecurity=False).digest()).decode(),
-                    ChecksumSHA256=digest,
-                )
-                parts.append({"PartNumber": len(parts) + 1, "ETag": answer["ETag"], "ChecksumSHA256": digest})
-            self._client.complete_multipart_upload(
-                Bucket=self._bucket,
+            self._client.call(
+                "put_object",
+                deadline,
+                "write",
+                expected=(412,),
+                body=Window(file, 0, sealed.byte_count, deadline),
                 Key=name,
-                UploadId=upload,
-                MultipartUpload={"Parts": parts},
+                ContentLength=sealed.byte_count,
+                ContentMD5=base64.b64encode(md5.digest()).decode(),
+                ChecksumSHA256=checksum,
                 IfNoneMatch="*",
+                **extra,
             )
-        except BaseException:
-            # Unfinished parts cost money and are seen by no listing. Should this fail too, the bucket's lifecycle rule ends them.
-            with contextlib.suppress(BotoCoreError, ClientError):
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload)
-            raise
+        except ClientError as error:
+            return retries_of(error) > 0, checksum  # 412: the object is there; from our own try perhaps, whose answer got lost
+        return True, checksum
 
-    def _confirm(self, object_key: str, name: str, sealed: SealedObject) -> None:
-        for attempt in range(self._attempts):
-            if attempt:
-                self._pause(attempt)  # a store may show a new object late
-            if self._read_back(name) == (sealed.byte_count, sealed.sha256):
+    def _put_in_parts(
+        self, name: str, file: BinaryIO, sealed: SealedObject, extra: Mapping[str, Any], deadline: Deadline
+    ) -> tuple[bool, str]:
+        """As `_put_whole`."""
+        begun = self._client.call("create_multipart_upload", deadline, "write", Key=name, ChecksumAlgorithm="SHA256", **extra)
+        upload: dict[str, Any] = {"Key": name, "UploadId": str(begun["UploadId"])}
+        parts: list[dict[str, Any]] = []
+        whole, of_digests = hashlib.sha256(), hashlib.sha256()
+        try:
+            for start in range(0, sealed.byte_count, self._part_bytes):
+                length = min(self._part_bytes, sealed.byte_count - start)
+                md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+                file.seek(start)
+                for offset in range(0, length, CHUNK):
+                    chunk = file.read(min(CHUNK, length - offset))
+                    md5.update(chunk)
+                    sha256.update(chunk)
+                    whole.update(chunk)
+                of_digests.update(sha256.digest())
+                checksum = base64.b64encode(sha256.digest()).decode()
+                answer = self._client.call(
+                    "upload_part",
+                    deadline,
+                    "write",
+                    body=Window(file, start, length, deadline),
+                    **upload,
+                    PartNumber=len(parts) + 1,
+                    ContentLength=length,
+                    ContentMD5=base64.b64encode(md5.digest()).decode(),
+                    ChecksumSHA256=checksum,
+                )
+                parts.append({"PartNumber": len(parts) + 1, "ETag": answer["ETag"], "ChecksumSHA256": checksum})
+            _require_unchanged(sealed, whole.hexdigest())
+            composite = f"{base64.b64encode(of_digests.digest()).decode()}-{len(parts)}"
+            try:
+                self._client.call(
+                    "complete_multipart_upload",
+                    deadline,
+                    "write",
+                    expected=(412, "NoSuchUpload"),
+                    **upload,
+                    MultipartUpload={"Parts": parts},
+                    IfNoneMatch="*",
+                )
+            except ClientError as error:
+                if status_of(error) == 412:
+                    self._abort(upload)
+                return retries_of(error) > 0, composite
+        except BaseException:
+            self._abort(upload)
+            raise
+        return True, composite
+
+    def _abort(self, upload: Mapping[str, Any]) -> None:
+        """Give up an upload: its parts cost money and no listing shows them. Should this fail too, `clean_uploads` finds it."""
+        try:
+            self._client.call("abort_multipart_upload", Deadline(_CLEANING_S), "clean", expected=("NoSuchUpload", 404), **upload)
+        except ClientError:
+            return  # there is none any more
+        except StorageError as error:
+            _log.warning("upload.left", extra={"bucket": self._bucket, "reason": str(error)})
+
+    def clean_uploads(self, older_than: datetime) -> int:
+        """Abort uploads in parts below our prefix that were begun before `older_than` (aware) and never ended; return how many.
+
+        A crash of the node leaves them. A service that knows no listing of uploads has none as far as we can tell.
+        """
+        marks: dict[str, Any] = {}
+        cleaned = 0
+        while True:
+            deadline = self._deadline()
+            try:
+                page = self._client.call(
+                    "list_multipart_uploads", deadline, "list", expected=_NOT_IMPLEMENTED, Prefix=self._prefix, MaxUploads=1000, **marks
+                )
+            except ClientError:
+                return cleaned
+            for entry in page.get("Uploads", ()):
+                if self._object_key_of(str(entry["Key"])) and entry["Initiated"] < older_than:
+                    with contextlib.suppress(ClientError):  # it ended meanwhile
+                        self._client.call(
+                            "abort_multipart_upload",
+                            self._deadline(),
+                            "clean",
+                            expected=("NoSuchUpload", 404),
+                            Key=entry["Key"],
+                            UploadId=entry["UploadId"],
+                        )
+                        cleaned += 1
+            if not page.get("IsTruncated"):
+                return cleaned
+            marks = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    # --- confirm ---------------------------------------------------------------------------------------------------------
+
+    def _confirm(self, name: str, sealed: SealedObject, checksum: str, deadline: Deadline, *, ours: bool) -> None:
+        held = _Held.NOTHING
+        for attempt in range(self._client.attempts):
+            if attempt and not self._client.pause(attempt, deadline):  # a store may show a new object late
+                break
+            held = self._held(name, sealed, checksum, deadline)
+            if held is _Held.SAME:
                 return
-        with contextlib.suppress(BotoCoreError, ClientError):
-            self._client.delete_object(Bucket=self._bucket, Key=name)
+        if held is _Held.OTHER:
+            if not ours:
+                raise occupied(sealed.object_key)
+            with contextlib.suppress(StorageError):  # what is left is no object of any row; a later put says so again
+                self._client.call("delete_object", Deadline(_CLEANING_S), "clean", Key=name)
         raise Unavailable(
-            f"bucket {self._bucket!r} answered that it took object {object_key}, but does not give the same bytes back; "
-            "nothing was acknowledged: look into the store's health before sending again",
+            f"bucket {self._bucket!r} answered that it took object {sealed.object_key}, but does not give the same bytes back "
+            f"(it holds {held.value}); nothing was acknowledged: look into the store's health before sending again",
         )
 
-    def _read_back(self, name: str) -> tuple[int, str]:
-        """Return byte count and SHA-256 of what the store holds; (-1, "") when it holds nothing, or breaks off."""
+    def _held(self, name: str, sealed: SealedObject, checksum: str, deadline: Deadline) -> _Held:
+        """Compare what the store holds with what was put, byte by byte where it can be read."""
         digest = hashlib.sha256()
-        count = 0
         try:
-            body = self._client.get_object(Bucket=self._bucket, Key=name)["Body"]
-            with contextlib.closing(body):
-                while chunk := body.read(CHUNK):
+            with contextlib.closing(ObjectStream(self._client, name, "read back", deadline)) as stream:
+                if stream.size != sealed.byte_count:
+                    return _Held.OTHER
+                while chunk := stream.read(CHUNK, deadline):
                     digest.update(chunk)
-                    count += len(chunk)
         except ClientError as error:
-            if _status_of(error) == 404 and _code_of(error) != "NoSuchBucket":
-                return -1, ""
-            raise self._unavailable(error, "read back") from error
-        except NoCredentialsError as error:
-            raise self._unavailable(error, "read back") from error
-        except _BROKEN_OFF:
-            return -1, ""
-        return count, digest.hexdigest()
+            return self._held_cold(name, sealed, checksum, deadline) if code_of(error) == "InvalidObjectState" else _Held.NOTHING
+        return _Held.SAME if digest.hexdigest() == sealed.sha256 else _Held.OTHER
+
+    def _held_cold(self, name: str, sealed: SealedObject, checksum: str, deadline: Deadline) -> _Held:
+        try:
+            head = self._client.call("head_object", deadline, "read back", expected=(404,), Key=name, ChecksumMode="ENABLED")
+        except ClientError:
+            return _Held.NOTHING
+        if int(head["ContentLength"]) != sealed.byte_count:
+            return _Held.OTHER
+        told = str(head.get("ChecksumSHA256", ""))
+        if told == checksum:
+            return _Held.SAME
+        # That of an object in parts depends on their size, which may have been another when the object was put.
+        return _Held.OTHER if told and "-" not in told + checksum else _Held.UNKNOWN
+
+    # --- read ------------------------------------------------------------------------------------------------------------
 
     def open(self, object_key: str) -> ObjectReader:
-        """Open the object with one request, which brings its size and its first bytes."""
-        return _S3Reader(self, self._prefix + relative_path(object_key), object_key)
-
-    def get_range(self, name: str, object_key: str, offset: int, length: int) -> tuple[bytes, int]:
-        """Return the bytes of a range and the size of the whole object; a broken-off body is asked for again."""
-        last: Exception | None = None
-        for attempt in range(self._attempts):
-            if attempt:
-                self._pause(attempt)
-            try:
-                answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=f"bytes={offset}-{offset + length - 1}")
-                with contextlib.closing(answer["Body"]) as body:
-                    chunk: bytes = body.read(length + 1)
-                size = int(answer.get("ContentRange", "/-1").rpartition("/")[2])
-                if size < 0:
-                    raise Unavailable(f"bucket {self._bucket!r} ignores range requests; use a store that knows them")
-                if len(chunk) == max(0, min(length, size - offset)):
-                    return chunk, size
-            except ClientError as error:
-                code = _code_of(error)
-                if _status_of(error) == 416:
-                    return b"", self._size(name)
-                if _status_of(error) == 404 and code != "NoSuchBucket":
-                    raise absent(object_key) from error
-                raise self._unavailable(error, "read") from error
-            except NoCredentialsError as error:
-                raise self._unavailable(error, "read") from error
-            except _BROKEN_OFF as error:
-                last = error
-        raise Unavailable(f"bucket {self._bucket!r} breaks off every read of object {object_key}; look into network and store") from last
-
-    def _size(self, name: str) -> int:
+        """Open the object with one request; of an instance of usual size it brings all the bytes that will be read."""
+        name = self._prefix + relative_path(object_key)
+        deadline = self._deadline()
         try:
-            return int(self._client.head_object(Bucket=self._bucket, Key=name)["ContentLength"])
-        except (BotoCoreError, ClientError) as error:
-            raise self._unavailable(error, "read") from error
-
-    def delete(self, object_key: str, *, versions: bool = False) -> None:  # noqa: ARG002 - next commit
-        """Delete the object; S3 itself is silent about one that is not there."""
-        try:
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + relative_path(object_key))
+            return S3Reader(self._client, name, object_key, self._deadline)
         except ClientError as error:
-            if _code_of(error) != "NoSuchKey":
-                raise self._unavailable(error, "delete") from error
-        except BotoCoreError as error:
-            raise self._unavailable(error, "delete") from error
+            if code_of(error) == "InvalidObjectState":
+                raise self._restore(name, object_key, deadline) from error
+            raise absent(object_key) from error
+
+    def stat(self, object_key: str) -> ObjectInfo:
+        """Ask for the object's head: no byte of it moves, and a cold one stays cold."""
+        name = self._prefix + relative_path(object_key)
+        deadline = self._deadline()
+        try:
+            head = self._client.call("head_object", deadline, "read", expected=(404,), Key=name)
+        except ClientError as error:
+            # The answer to a HEAD does not tell a missing object from a missing bucket, which would be no loss of objects.
+            self._client.call("head_bucket", deadline, "reach")
+            raise absent(object_key) from error
+        cold = (head.get("StorageClass") in COLD_CLASSES or "ArchiveStatus" in head) and 'ongoing-request="false"' not in head.get(
+            "Restore", ""
+        )
+        return ObjectInfo(object_key, int(head["ContentLength"]), head["LastModified"].astimezone(UTC), cold)
+
+    def _restore(self, name: str, object_key: str, deadline: Deadline) -> StorageError:
+        """Start the restore of a cold object, unless one is under way; return the error that says when to come again."""
+        try:
+            head = self._client.call("head_object", deadline, "restore from", expected=(404,), Key=name)
+        except ClientError:
+            return absent(object_key)
+        archive = str(head.get("ArchiveStatus", ""))  # of intelligent tiering; those come back for good, there is no number of days
+        deep = archive in _DEEP or head.get("StorageClass") in _DEEP
+        tier = "Standard" if deep and self._restore_tier == "Expedited" else self._restore_tier
+        started = "started"
+        if 'ongoing-request="true"' in str(head.get("Restore", "")):
+            started = "under way"
+        else:
+            request: dict[str, Any] = {"GlacierJobParameters": {"Tier": tier}}
+            if not archive:
+                request["Days"] = self._restore_days
+            try:
+                self._client.call(
+                    "restore_object", deadline, "restore from", expected=("RestoreAlreadyInProgress",), Key=name, RestoreRequest=request
+                )
+            except ClientError:
+                started = "under way"
+        wait_s = (_DEEP_RESTORE_S if deep else _RESTORE_S)[tier]
+        return ColdObject(
+            f"object {object_key} lies in the cold class {archive or head.get('StorageClass')}; its restore is {started} "
+            f"and takes up to {wait_s // 60} minutes: ask again then",
+            wait_s,
+        )
+
+    # --- delete, list, check ---------------------------------------------------------------------------------------------
+
+    def delete(self, object_key: str, *, versions: bool = False) -> None:
+        """Delete the object; S3 itself is silent about one that is not there. See `ObjectStore.delete`."""
+        name = self._prefix + relative_path(object_key)
+        if versions:
+            self._erase(name)
+        else:
+            self._delete(name)
+
+    def _delete(self, name: str, **version: Any) -> None:
+        with contextlib.suppress(ClientError):  # there is none
+            self._client.call("delete_object", self._deadline(), "delete from", expected=(404,), Key=name, **version)
+
+    def _erase(self, name: str) -> None:
+        """Remove every version and every mark of deletion; look that none is left.
+
+        A service that knows no versions answers so, and a plain deletion is the erasure.
+        """
+        for _ in range(self._client.attempts):
+            try:
+                found = self._versions(name)
+            except ClientError:
+                self._delete(name)
+                return
+            if not found:
+                return
+            for version in found:
+                self._delete(name, VersionId=version)
+        raise Unavailable(f"bucket {self._bucket!r} keeps versions of an object that were deleted; look for an object lock or replication")
+
+    def _versions(self, name: str) -> list[str]:
+        found: list[str] = []
+        marks: dict[str, Any] = {}
+        while True:
+            page = self._client.call(
+                "list_object_versions", self._deadline(), "list versions of", expected=_NOT_IMPLEMENTED, Prefix=name, **marks
+            )
+            for entry in [*page.get("Versions", ()), *page.get("DeleteMarkers", ())]:
+                if entry["Key"] == name:
+                    found.append(str(entry["VersionId"]))
+            if not page.get("IsTruncated"):
+                return found
+            marks = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page["NextVersionIdMarker"]}
 
     def list(self) -> Iterator[ObjectInfo]:
-        """Yield every object by rising key (S3 lists in that order); names that are no objects are passed over."""
-        try:
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix):
-                for entry in page.get("Contents", ()):
-                    name = str(entry["Key"])[len(self._prefix) :]
-                    if OBJECT_KEY.fullmatch(name[3:]) and name == relative_path(name[3:]):
-                        yield ObjectInfo(name[3:], int(entry["Size"]), entry["LastModified"].astimezone(UTC))
-        except (BotoCoreError, ClientError) as error:
-            raise self._unavailable(error, "list") from error
+        """Yield every object by rising key (S3 lists in that order), a page in memory; names that are no objects are passed over."""
+        for entry in self._entries(self._prefix):
+            if object_key := self._object_key_of(str(entry["Key"])):
+                modified_at = entry["LastModified"].astimezone(UTC)
+                yield ObjectInfo(object_key, int(entry["Size"]), modified_at, entry.get("StorageClass") in COLD_CLASSES)
+
+    def _entries(self, prefix: str) -> Iterator[Mapping[str, Any]]:
+        marks: dict[str, Any] = {}
+        while True:
+            page = self._client.call("list_objects_v2", self._deadline(), "list", Prefix=prefix, **marks)
+            yield from page.get("Contents", ())
+            if not page.get("IsTruncated"):
+                return
+            marks = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _object_key_of(self, name: str) -> str:
+        object_key = name[len(self._prefix) + 3 :]
+        return object_key if OBJECT_KEY.fullmatch(object_key) and name == self._prefix + relative_path(object_key) else ""
 
     def check(self) -> None:
         """Ask whether the bucket is there and may be used."""
+        self._client.call("head_bucket", self._deadline(), "reach")
+
+    # --- documents -------------------------------------------------------------------------------------------------------
+
+    def put_document(self, name: str, content: bytes) -> None:
+        """Write with Content-MD5 and SHA-256, read back and compare."""
+        key = self._prefix + document_path(name)
+        deadline = self._deadline()
+        self._client.call(
+            "put_object",
+            deadline,
+            "write",
+            Key=key,
+            Body=document_content(content),
+            ContentMD5=base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode(),
+            ChecksumSHA256=base64.b64encode(hashlib.sha256(content).digest()).decode(),
+            **self._encryption,
+        )
+        for attempt in range(self._client.attempts):
+            if attempt and not self._client.pause(attempt, deadline):
+                break
+            try:
+                if self._read_document(key, deadline) == content:
+                    return
+            except ClientError:
+                continue  # not there yet
+        raise Unavailable(
+            f"bucket {self._bucket!r} answered that it took document {name}, but does not give the same bytes back; "
+            "look into the store's health",
+        )
+
+    def get_document(self, name: str) -> bytes:
+        """Read the document with one request."""
         try:
-            self._client.head_bucket(Bucket=self._bucket)
-        except (BotoCoreError, ClientError) as error:
-            raise self._unavailable(error, "reach") from error
+            content = self._read_document(self._prefix + document_path(name), self._deadline())
+        except ClientError as error:
+            raise no_document(name) from error
+        if len(content) > DOCUMENT_BYTES:
+            raise oversized(name)
+        return content
 
-    def _unavailable(self, error: Exception, doing: str) -> StorageError:
-        where = f"cannot {doing} bucket {self._bucket!r} at {self._client.meta.endpoint_url}"
-        if isinstance(error, NoCredentialsError):
-            return Unavailable(f"{where}: no credentials found; give them by environment, profile or role")
-        if isinstance(error, ClientError):
-            code, status = _code_of(error), _status_of(error)
-            if code == "NoSuchBucket" or (status == 404 and doing == "reach"):
-                return Unavailable(f"{where}: there is no such bucket; create it, or correct [archive] bucket")
-            if status in (401, 403):
-                return Unavailable(f"{where}: access denied ({code}); check the credentials and the policy of bucket and key")
-            if code in ("BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"):
-                return Unavailable(
-                    f"{where}: the bytes changed on the way ({code}); look into the network and the disk of the landing folder"
-                )
-            return Unavailable(f"{where}: the store answered {status} {code}; try again later")
-        return Unavailable(f"{where}: {type(error).__name__}; check the endpoint, the network and the TLS certificate")
+    def _read_document(self, key: str, deadline: Deadline) -> bytes:
+        with contextlib.closing(ObjectStream(self._client, key, "read", deadline)) as stream:
+            return stream.read(DOCUMENT_BYTES + 1, deadline)
 
+    def delete_document(self, name: str) -> None:
+        """Delete every version of the document."""
+        self._erase(self._prefix + document_path(name))
 
-class _S3Reader:
-    """Keeps the first bytes of the object, so that a small instance costs one request."""
-
-    def __init__(self, store: S3Store, name: str, object_key: str) -> None:
-        self._store = store
-        self._name = name
-        self._object_key = object_key
-        self._head, self.size = store.get_range(name, object_key, 0, CHUNK + (64 << 10))
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        length = max(0, min(length, self.size - offset))
-        if offset + length <= len(self._head):
-            return self._head[offset : offset + length]
-        if length == 0:
-            return b""
-        return self._store.get_range(self._name, self._object_key, offset, length)[0]
-
-    def close(self) -> None:
-        self._head = b""
+    def list_documents(self, prefix: str) -> Iterator[str]:
+        """Yield the names as S3 lists them: in rising order."""
+        for entry in self._entries(self._prefix + document_prefix(prefix)):
+            name = str(entry["Key"])[len(self._prefix) :]
+            if DOCUMENT_NAME.fullmatch(name):
+                yield name
 
 
-def _code_of(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status_of(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+def _require_unchanged(sealed: SealedObject, sha256: str) -> None:
+    if sha256 != sealed.sha256:
+        raise IntegrityError(
+            f"the landing file of object {sealed.object_key} holds other bytes than were sealed; nothing was stored: look into the disk",
+        )

@@ -379,7 +379,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], tuple[Fake
                     attempts=3,
                     multipart_bytes=6 * MEBIBYTE,
                     part_bytes=5 * MEBIBYTE,
-                    pause=lambda _: None,
+                    sleep=lambda _: None,
                 ),
             )
         finally:
