@@ -19,6 +19,7 @@ from datetime import datetime
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from dicomweb.changefeed import Changes
 from dicomweb.context import Meter, NoMeter, Pool, Services, WebLimits, utc_now
 from dicomweb.errors import BadRequest, Busy, Forbidden, WebError, WrongMediaType, from_storage, problem
 from dicomweb.qido import Search
@@ -26,6 +27,7 @@ from dicomweb.stow import Store
 from dicomweb.wado import Retrieve
 from storage.archive import Archive
 from storage.audit import AuditTrail
+from storage.changes import ChangeFeed
 from storage.errors import StorageError
 from storage.index import Index
 
@@ -55,6 +57,7 @@ def make_app(
     trusted_proxy: bool = False,
     cors_origins: Sequence[str] = (),
     meter: Meter | None = None,
+    changefeed: ChangeFeed | None = None,
     clock: Callable[[], datetime] = utc_now,
 ) -> web.Application:
     """Build the DICOMweb application; it owns its threads and nothing else.
@@ -81,6 +84,8 @@ def make_app(
         Origins of web pages that may call the node, each as ``https://host[:port]``; ``*`` for every one, without credentials.
     meter
         Counts instances and requests.
+    changefeed
+        Served at ``{base_path}/changefeed``; without it there is no such resource.
 
     Raises
     ------
@@ -109,6 +114,11 @@ def make_app(
     app.on_response_prepare.append(door.complete)
     app[TRAFFIC] = door.traffic
     _routes(app, services)
+    if changefeed is not None:
+        changes = Changes(services, changefeed, closing=lambda: door.traffic.closing)
+        _add_route(app, services.base_path + "/changefeed", "changefeed", changes.changes, None)
+        _add_route(app, services.base_path + "/changefeed/latest", "changefeed", changes.latest, None)
+        app.on_cleanup.append(lambda _: changes.close())
 
     async def close(_: web.Application) -> None:
         await asyncio.to_thread(services.pool.close)
@@ -141,13 +151,17 @@ def _routes(app: web.Application, services: Services) -> None:
         (services.base_path + "/instances", "search", search.instances, None),
     )
     for path, transaction, get, post in table:
-        resource = app.router.add_resource(path)
-        methods = ["GET", "HEAD", "OPTIONS"] + (["POST"] if post else [])
-        resource.add_route("GET", _named(transaction, get))
-        resource.add_route("HEAD", _named(transaction, get))
-        resource.add_route("OPTIONS", _named("options", _Options(methods).handle))
-        if post:
-            resource.add_route("POST", _named("store", post))
+        _add_route(app, path, transaction, get, post)
+
+
+def _add_route(app: web.Application, path: str, transaction: str, get: Handler, post: Handler | None) -> None:
+    resource = app.router.add_resource(path)
+    methods = ["GET", "HEAD", "OPTIONS"] + (["POST"] if post else [])
+    resource.add_route("GET", _named(transaction, get))
+    resource.add_route("HEAD", _named(transaction, get))
+    resource.add_route("OPTIONS", _named("options", _Options(methods).handle))
+    if post:
+        resource.add_route("POST", _named("store", post))
 
 
 class Traffic:
