@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -21,10 +21,10 @@ from dicom_node.dimse.scu import Outcome, Sendable, Stored
 from dicom_node.errors import PeerUnreachable, Refused
 from storage.errors import LeaseLost, StorageError
 from storage.failpoints import unarmed
+from storage.leases import Leases
 from storage.records import Job, JobKind, JobState, Summary
 
 if TYPE_CHECKING:
-    from types import TracebackType
 
     from dicom_node.peers import Peer, Peers
     from storage.archive import Archive, StoredInstance
@@ -219,55 +219,3 @@ class Courier:
             log.error("delivery.given_up", job=job.id, peer=job.lane, attempt=job.attempts, reason=str(error), remedy=remedy)
         else:
             log.warning("delivery.failed", job=job.id, peer=job.lane, attempt=job.attempts, reason=str(error))
-
-
-class Leases:
-    """Renews the leases of a batch from a thread of its own, while the batch is under way.
-
-    Parameters
-    ----------
-    queue
-        Whose leases.
-    jobs
-        The batch.
-    every_s
-        Seconds between renewals.
-    """
-
-    def __init__(self, queue: WorkQueue, jobs: Sequence[Job], every_s: float) -> None:
-        self._queue = queue
-        self._every_s = every_s
-        self._lock = threading.Lock()
-        self._held = {job.id: job for job in jobs}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="courier-leases", daemon=True)
-
-    @property
-    def held(self) -> list[Job]:
-        """Jobs of the batch that are not concluded and not lost."""
-        with self._lock:
-            return list(self._held.values())
-
-    def drop(self, job: Job) -> bool:
-        """Stop renewing `job`, to conclude it. False when it is ours no more."""
-        with self._lock:
-            return self._held.pop(job.id, None) is not None
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _renew(self) -> None:
-        while not self._done.wait(self._every_s):
-            for job in self.held:
-                try:
-                    self._queue.heartbeat(job)
-                except LeaseLost:
-                    log.warning("delivery.lease_lost", job=job.id, peer=job.lane)
-                    self.drop(job)
-                except StorageError as error:
-                    log.warning("delivery.heartbeat_failed", job=job.id, reason=str(error))

@@ -12,17 +12,17 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from enum import Enum, auto
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from storage.comparison import same_picture
+from storage.admission import Admission, OnConflict, actor_of, event_of
 from storage.database import utc_now
 from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.intake import Intake
-from storage.landing import Landing, LandingFile
+from storage.landing import Landing
+from storage.places import Acknowledge, Places
 from storage.reconcile import Reconciliation, remove_orphans, verify
 from storage.records import (
     Announced,
@@ -47,25 +47,23 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from storage.audit import AuditTrail
+    from storage.cache import ReadCache
     from storage.database import Database
-    from storage.envelope import Keyring
     from storage.index import Index
-    from storage.objects import ObjectReader, ObjectStore
+    from storage.objects import DirectoryStore, ObjectReader, ObjectStore
+    from storage.study_keys import StudyKey, StudyKeys
     from storage.work import WorkQueue
 
-__all__ = ["Archive", "Intake", "NewReport", "OnConflict", "StoredInstance"]
+__all__ = ["Acknowledge", "Archive", "Intake", "NewReport", "OnConflict", "StoredInstance"]
 
-OnConflict = Literal["quarantine", "refuse"]
+ENDED_BADLY: Final[Mapping[JobKind, str]] = {
+    JobKind.ANALYSE: "analysis.refused",
+    JobKind.DELIVER: "delivery.given_up",
+    JobKind.ARCHIVE: "instance.damaged",
+}
+"""Audit action of a job that is dead."""
 
 _log = logging.getLogger(__name__)
-_LOOK_FIRST = 256 * 1024
-"""Above so many bytes, and for every remote store, a look into the index costs less than storing a duplicate in vain."""
-
-
-class _Decision(Enum):
-    STORED = auto()
-    DUPLICATE = auto()
-    AGAIN = auto()
 
 
 class Archive:
@@ -73,10 +71,14 @@ class Archive:
 
     Parameters
     ----------
-    database, index, queue, audit, store, keyring
-        The parts it ties together; the four of the database share `database`.
+    database, index, queue, audit, store, study_keys
+        The parts it ties together; those of the database share `database`.
     landing
-        Folder for bytes on their way in; on the file system of a `DirectoryStore`.
+        Folder for bytes on their way in; on the file system of a `DirectoryStore`, spool or store.
+    spool, cache, node_id
+        As `storage.places.Places`; only for a remote store.
+    acknowledge
+        What Success means for a sender; pure. Reports of our own follow the policy of door ``node``.
     limits
         Hard limits on one instance.
     jobs_for
@@ -89,6 +91,8 @@ class Archive:
         Whether instances of a SOP class are taken in.
     min_free_bytes
         Free space on the landing disk below which nothing is taken in.
+    max_bytes_in_flight
+        Bytes of this process that were received and not yet committed, above which nothing more is taken in; 0: no limit.
     comparison_bytes
         Instances larger than this are not compared pixel by pixel.
     reach
@@ -105,10 +109,15 @@ class Archive:
         queue: WorkQueue,
         audit: AuditTrail,
         store: ObjectStore,
-        keyring: Keyring,
+        study_keys: StudyKeys,
         landing: Path,
         limits: Limits,
         jobs_for: Callable[[Summary, Origin], Sequence[NewJob]],
+        spool: DirectoryStore | None = None,
+        cache: ReadCache | None = None,
+        node_id: str = "",
+        acknowledge: Callable[[Origin], Acknowledge] = lambda _: "land",
+        max_bytes_in_flight: int = 0,
         pixels_equal: Callable[[bytes, bytes], bool] | None = None,
         on_conflict: OnConflict = "quarantine",
         accept_sop_class: Callable[[str], bool] = lambda _: True,
@@ -122,16 +131,31 @@ class Archive:
         self._queue = queue
         self._audit = audit
         self._store = store
-        self._keyring = keyring
-        self._landing = Landing(landing, min_free_bytes=min_free_bytes)
+        self._study_keys = study_keys
+        self._landing = Landing(landing, min_free_bytes=min_free_bytes, max_bytes_in_flight=max_bytes_in_flight)
         self._limits = limits
-        self._jobs_for = jobs_for
-        self._pixels_equal = pixels_equal
+        self._acknowledge = acknowledge
         self._on_conflict = on_conflict
         self._accept_sop_class = accept_sop_class
-        self._comparison_bytes = comparison_bytes
         self._reach = reach
         self._clock = clock
+        self._node_id = node_id
+        self._places = Places(store=store, spool=spool, cache=cache, node_id=node_id)
+        self._admission = Admission(
+            database=database,
+            index=index,
+            queue=queue,
+            audit=audit,
+            places=self._places,
+            study_keys=study_keys,
+            landing=self._landing,
+            jobs_for=jobs_for,
+            acknowledge=acknowledge,
+            pixels_equal=pixels_equal,
+            on_conflict=on_conflict,
+            comparison_bytes=comparison_bytes,
+            reach=reach,
+        )
 
     # --- commit 1: admit ---------------------------------------------------------------------------------------------
 
@@ -170,6 +194,7 @@ class Archive:
         announced: Announced,
         limits: Limits,
         accept_sop_class: Callable[[str], bool],
+        report: Mapping[str, Any] | None = None,
     ) -> Intake:
         return Intake(
             origin=origin,
@@ -178,138 +203,18 @@ class Archive:
             announced=announced,
             limits=limits,
             object_key=secrets.token_hex(16),
-            keyring=self._keyring,
+            study_keys=self._study_keys,
             landing=self._landing,
             accept_sop_class=accept_sop_class,
-            admit=self._admit,
+            report=report,
+            admit=self._admission.admit,
             refused=self._refused,
             reach=self._reach,
         )
 
-    def _admit(self, record: InstanceRecord, file: LandingFile) -> Receipt:
-        """Store and index what was sealed, or find that it is here already. The database's transaction has the last word."""
-        summary = record.summary
-        settled: dict[str, bool] = {}  # object key of an archived instance of this UID -> is the new one its duplicate?
-        stored = False
-        known: InstanceRecord | None = None
-        if self._store.remote or record.sealed.byte_count > _LOOK_FIRST:
-            known = self._known(summary.sop_instance_uid)
-        while True:
-            if known is not None and known.sealed.object_key not in settled:
-                # Should this raise over a lost object, what was just stored may be the last copy: it stays, without a row.
-                settled[known.sealed.object_key] = self._is_duplicate(known, record, file, stored=stored)
-            if not stored and not (known is not None and settled[known.sealed.object_key]):
-                self._put(record, file)
-                stored = True
-            try:
-                decision, known = self._database.write(partial(self._decide, record=record, settled=settled, stored=stored))
-            except ConflictingInstance as error:
-                self._set_aside(record, file, error, stored=stored)
-                raise
-            if decision is _Decision.AGAIN:
-                continue
-            self._reach("index.committed")
-            if decision is _Decision.DUPLICATE:
-                self._drop(record, stored=stored)
-            outcome = Outcome.STORED if decision is _Decision.STORED else Outcome.DUPLICATE
-            return Receipt(
-                outcome=outcome,
-                sop_class_uid=summary.sop_class_uid,
-                sop_instance_uid=summary.sop_instance_uid,
-                study_instance_uid=summary.study_instance_uid,
-                series_instance_uid=summary.series_instance_uid,
-                sha256=summary.sha256,
-            )
-
-    def _decide(
-        self, connection: Connection, *, record: InstanceRecord, settled: Mapping[str, bool], stored: bool
-    ) -> tuple[_Decision, InstanceRecord | None]:
-        """Commit 1: decide what the instance is and write what follows, all in one transaction.
-
-        AGAIN, with the archived instance of this UID, when that has to be compared first; it writes nothing. So does ConflictingInstance.
-        """
-        self._reach("index.begin")
-        summary = record.summary
-        known = self._index.find_in(connection, summary.sop_instance_uid)
-        if known is None:
-            if not stored:
-                return _Decision.AGAIN, None
-            self._index.add(connection, record)
-            for job in self._jobs_for(summary, record.origin):
-                self._queue.enqueue(connection, job)
-            self._audit.append(connection, _event_of("instance.received", record))
-            self._reach("index.written")
-            return _Decision.STORED, None
-        duplicate = settled.get(known.sealed.object_key)
-        if duplicate is None or not (duplicate or stored):
-            return _Decision.AGAIN, known
-        if duplicate:
-            self._audit.append(connection, _event_of("instance.duplicate", record))
-            return _Decision.DUPLICATE, known
-        fate = "is kept in quarantine; an operator decides" if self._on_conflict == "quarantine" else "was dropped, as configured"
-        raise ConflictingInstance(f"an instance of this SOP Instance UID and other content is archived; this one {fate}")
-
-    def _set_aside(self, record: InstanceRecord, file: LandingFile, conflict: ConflictingInstance, *, stored: bool) -> None:
-        """Keep a conflicting instance in quarantine, or drop it, as configured. The archived one is not touched."""
-        if self._on_conflict == "refuse":
-            self._drop(record, stored=stored)
-            return
-        if not stored:
-            self._put(record, file)
-
-        def work(connection: Connection) -> bool:
-            new = self._index.quarantine(connection, record, str(conflict))
-            self._audit.append(connection, _event_of("instance.quarantined", record, outcome=str(conflict)))
-            return new
-
-        if not self._database.write(work):
-            self._drop(record, stored=True)  # the same content is kept already: a sender that tries again
-
-    def _put(self, record: InstanceRecord, file: LandingFile) -> None:
-        try:
-            self._store.put(record.sealed.object_key, file.path, record.sealed)
-        except Unavailable as error:
-            if isinstance(error.__cause__, OSError):
-                self._landing.failure(error.__cause__)  # remembers an input/output error
-            raise
-
-    def _drop(self, record: InstanceRecord, *, stored: bool) -> None:
-        """Remove an object that surely got no row. After a commit of unknown outcome nothing is dropped: the sweep asks the index."""
-        if not stored:
-            return
-        try:
-            self._store.delete(record.sealed.object_key)
-        except StorageError as error:
-            _log.warning("object.left", extra={"object_key": record.sealed.object_key, "reason": str(error)})
-
     def _known(self, sop_instance_uid: str) -> InstanceRecord | None:
         with self._database.read() as connection:
             return self._index.find_in(connection, sop_instance_uid)
-
-    def _is_duplicate(self, known: InstanceRecord, record: InstanceRecord, file: LandingFile, *, stored: bool) -> bool:
-        """Tell whether `record` says nothing that `known` does not; IntegrityError when the object of `known` is lost."""
-        if known.summary.sha256 != record.summary.sha256:
-            return self._same_picture(known, record, file, stored=stored)
-        self._require_object(known)
-        return True
-
-    def _require_object(self, known: InstanceRecord) -> None:
-        """Look that the object of an archived instance is there and whole in length, before a duplicate is answered with success."""
-        self._open_object(known).close()
-
-    def _same_picture(self, known: InstanceRecord, record: InstanceRecord, file: LandingFile, *, stored: bool) -> bool:
-        if (
-            self._pixels_equal is None
-            or known.summary.transfer_syntax_uid == record.summary.transfer_syntax_uid
-            or max(known.summary.byte_count, record.summary.byte_count) > self._comparison_bytes
-        ):
-            return False
-        with StoredInstance(known, self._open_object(known), self._keyring, self._damaged) as archived:
-            first = b"".join(archived.part10())
-        reader = self._open_object(record) if stored else file.reader()
-        with StoredInstance(record, reader, self._keyring, self._damaged) as arrived:
-            second = b"".join(arrived.part10())
-        return same_picture(first, second, self._pixels_equal)
 
     def _refused(self, origin: Origin, announced: Announced, error: StorageError) -> None:
         """Record one refusal. The refusal stands whether or not it can be recorded."""
@@ -318,7 +223,7 @@ class Archive:
         event = AuditEvent(
             action="instance.refused",
             outcome=f"0x{error.failure_reason:04X} {error}",
-            actor=_actor(origin),
+            actor=actor_of(origin),
             subject=announced.sop_instance_uid[:64],  # the peer's words, not yet known to be a UID
             detail={"door": origin.door, "address": origin.address, "sop_class_uid": announced.sop_class_uid},
         )
@@ -345,11 +250,11 @@ class Archive:
             Store or database cannot give it now.
         """
         record = self._index.find(sop_instance_uid)
-        return StoredInstance(record, self._open_object(record), self._keyring, self._damaged)
+        return StoredInstance(record, self._open_object(record), self._study_keys, self._damaged)
 
     def _open_object(self, record: InstanceRecord) -> ObjectReader:
         try:
-            reader = self._store.open(record.sealed.object_key)
+            reader = self._places.open(record)
         except InstanceNotFound as error:
             missing = IntegrityError(
                 f"object {record.sealed.object_key} of an archived instance is gone from the store; restore it from a backup",
@@ -405,11 +310,11 @@ class Archive:
         Unavailable
             Disk, store or database; the job runs again.
         """
-        arrivals: list[tuple[NewReport, InstanceRecord]] = []
+        arrivals: list[tuple[NewReport, InstanceRecord, StudyKey]] = []
         put: set[str] = set()
         for report in reports:
-            record, stored = self._store_report(report)
-            arrivals.append((report, record))
+            record, study_key, stored = self._store_report(report, job)
+            arrivals.append((report, record, study_key))
             if stored:
                 put.add(record.sealed.object_key)
             self._reach("report.stored")
@@ -427,8 +332,8 @@ class Archive:
         self._drop_all(arrivals, spare)
         return receipts
 
-    def _store_report(self, report: NewReport) -> tuple[InstanceRecord, bool]:
-        """Seal a report and put it into the store, unless the same is archived already."""
+    def _store_report(self, report: NewReport, job: Job) -> tuple[InstanceRecord, StudyKey, bool]:
+        """Seal a report and put it where it belongs, unless the same is archived already."""
         intake = self._intake(
             Origin(door="node", received_at=self._clock()),
             role="report",
@@ -436,38 +341,46 @@ class Archive:
             announced=Announced(),
             limits=self._limits,
             accept_sop_class=lambda _: True,
+            report={
+                "source_sop_instance_uid": job.sop_instance_uid,
+                "kind": report.kind,
+                "models": dict(report.models),
+                "deliver_to": list(report.deliver_to),
+            },
         )
         with intake:
             intake.write(report.data_set)
-            record = intake.seal()
+            record, study_key = intake.seal()
             known = self._known(record.summary.sop_instance_uid)
             if known is not None:
                 _require_same_report(known, record)
-                self._require_object(known)
-                return record, False
-            self._put(record, intake.landing_file)
-        return record, True
+                self._open_object(known).close()
+                return record, study_key, False
+            record = self._admission.put(record, intake.landing_file, study_key, self._acknowledge(record.origin))
+        return record, study_key, True
 
     def _conclude_in(
         self,
         connection: Connection,
         *,
         job: Job,
-        arrivals: Sequence[tuple[NewReport, InstanceRecord]],
+        arrivals: Sequence[tuple[NewReport, InstanceRecord, StudyKey]],
         put: set[str],
         spare: set[str],
         result: Mapping[str, Any],
         deliveries: Sequence[NewJob],
     ) -> list[Receipt]:
         self._reach("conclude.begin")
+        if self._index.find_in(connection, job.sop_instance_uid) is None:
+            raise InstanceNotFound("the instance was erased while it was analysed; its reports are dropped")
         receipts = []
-        for report, record in arrivals:
+        for report, record, study_key in arrivals:
             summary = record.summary
             known = self._index.find_in(connection, summary.sop_instance_uid)
             if known is None:
                 if record.sealed.object_key not in put:
                     raise Unavailable("a report that was archived a moment ago is gone from the index; the job runs again")
-                self._index.add(connection, record)
+                self._admission.add_in(connection, record, study_key)
                 self._index.add_report(
                     connection,
                     ReportRecord(
@@ -478,12 +391,13 @@ class Archive:
                     ),
                 )
                 detail = {"source_sop_instance_uid": job.sop_instance_uid, "kind": report.kind, "models": dict(report.models)}
-                self._audit.append(connection, _event_of("report.concluded", record, detail=detail))
+                self._audit.append(connection, event_of("report.concluded", record, detail=detail))
             else:
                 _require_same_report(known, record)
                 spare.add(record.sealed.object_key)
             for peer in report.deliver_to:
-                self._queue.enqueue(connection, NewJob(JobKind.DELIVER, summary.sop_instance_uid, lane=peer))
+                home = (known or record).landed_on
+                self._queue.enqueue(connection, NewJob(JobKind.DELIVER, summary.sop_instance_uid, lane=peer, home=home))
             receipts.append(
                 Receipt(
                     outcome=Outcome.STORED if known is None else Outcome.DUPLICATE,
@@ -504,15 +418,16 @@ class Archive:
                 outcome="success",
                 actor="node",
                 subject=job.sop_instance_uid,
-                detail={"job": job.id, "reports": [record.summary.sop_instance_uid for _, record in arrivals]},
+                detail={"job": job.id, "reports": [record.summary.sop_instance_uid for _, record, _ in arrivals]},
             ),
         )
         self._reach("conclude.written")
         return receipts
 
-    def _drop_all(self, arrivals: Sequence[tuple[NewReport, InstanceRecord]], object_keys: set[str]) -> None:
-        for _, record in arrivals:
-            self._drop(record, stored=record.sealed.object_key in object_keys)
+    def _drop_all(self, arrivals: Sequence[tuple[NewReport, InstanceRecord, StudyKey]], object_keys: set[str]) -> None:
+        for _, record, _ in arrivals:
+            if record.sealed.object_key in object_keys:
+                self._admission.drop(record)
 
     # --- commit 3: acknowledge ---------------------------------------------------------------------------------------
 
@@ -558,7 +473,7 @@ class Archive:
         def work(connection: Connection) -> JobState:
             state = self._queue.fail_in(connection, job, reason, retryable=retryable)
             if state is JobState.DEAD:
-                action = "analysis.refused" if job.kind is JobKind.ANALYSE else "delivery.given_up"
+                action = ENDED_BADLY[job.kind]
                 detail = {"job": job.id, "attempts": job.attempts}
                 event = AuditEvent(action=action, outcome=reason, actor=job.lane or "node", subject=job.sop_instance_uid, detail=detail)
                 self._audit.append(connection, event)
@@ -566,11 +481,64 @@ class Archive:
 
         return self._database.write(work)
 
+    # --- bring -------------------------------------------------------------------------------------------------------
+
+    def bring(self, job: Job) -> int:
+        """Bring a landed object into the store, and end the job of the Mover: its bytes, 0 when there was nothing to bring (any more).
+
+        The spool keeps its file until the commit that says that the store has the object, read back and compared.
+
+        Raises
+        ------
+        IntegrityError
+            The spool lost what it had promised, or changed it; the alarm is in the audit trail.
+        LeaseLost
+            Another Mover has the job.
+        Unavailable
+            Store or database is away; the job runs again.
+        """
+        object_key = str(job.payload["object_key"])
+        record = self._index.record_of_object(object_key)
+        if record is None or record.landed_on != self._node_id:
+            self._queue.finish(job, {"outcome": "nothing to bring"})
+            if record is not None and not record.landed_on:
+                self._places.settle(record.sealed)
+            return 0
+        try:
+            self._study_keys.publish(
+                record.sealed.key_id, put_document=self._store.put_document, delete_document=self._store.delete_document
+            )
+            self._reach("bring.key_published")
+            self._places.bring(record)
+        except InstanceNotFound as error:
+            lost = IntegrityError(
+                f"landed object {object_key} is in neither spool nor store: the disk lost it; have the instance sent again"
+            )
+            self._damaged(record, lost)
+            raise lost from error
+        except IntegrityError as error:
+            self._damaged(record, error)
+            raise
+        self._reach("bring.put")
+
+        def work(connection: Connection) -> None:
+            self._queue.finish_in(connection, job, {"object_key": object_key})
+            if self._index.arrived_in_store(connection, object_key, landed_on=self._node_id):
+                self._queue.rehome(connection, record.summary.sop_instance_uid)
+                self._audit.append(connection, event_of("instance.archived", record, detail={"landed_on": self._node_id}))
+            self._reach("bring.written")
+
+        self._database.write(work)
+        self._reach("bring.committed")
+        self._places.settle(record.sealed)
+        self._reach("bring.settled")
+        return record.sealed.byte_count
+
     # --- care --------------------------------------------------------------------------------------------------------
 
     def verify(self, progress: Callable[[int, int | None], object] = lambda _, __: None) -> Reconciliation:
         """Read every object again and compare store and index both ways. See `storage.reconcile.verify`."""
-        return verify(index=self._index, store=self._store, keyring=self._keyring, audit=self._audit, progress=progress)
+        return verify(index=self._index, store=self._store, study_keys=self._study_keys, audit=self._audit, progress=progress)
 
     def sweep(self, *, orphan_grace: timedelta | None = None) -> int:
         """Remove landing files of dead processes, and return how many things were removed. For the start; safe at any time.
@@ -608,7 +576,7 @@ class Archive:
     def check(self) -> None:
         """Raise Unavailable with cause and remedy when nothing can be taken in now (readiness)."""
         self._landing.check()
-        self._store.check()
+        self._places.check()
         self._database.check()
 
     def close(self) -> None:
@@ -621,27 +589,3 @@ def _require_same_report(known: InstanceRecord, record: InstanceRecord) -> None:
         raise ConflictingInstance(
             "a report of this SOP Instance UID and other content is archived; a second run of an analysis must give the same bytes",
         )
-
-
-def _actor(origin: Origin) -> str:
-    return origin.peer or origin.calling_ae_title or origin.address or origin.door
-
-
-def _event_of(action: str, record: InstanceRecord, *, outcome: str = "success", detail: Mapping[str, Any] | None = None) -> AuditEvent:
-    summary, origin = record.summary, record.origin
-    return AuditEvent(
-        action=action,
-        outcome=outcome,
-        actor=_actor(origin),
-        subject=summary.sop_instance_uid,
-        detail={
-            "door": origin.door,
-            "address": origin.address,
-            "calling_ae_title": origin.calling_ae_title,
-            "study_instance_uid": summary.study_instance_uid,
-            "sha256": summary.sha256,
-            "object_key": record.sealed.object_key,
-            "byte_count": summary.byte_count,
-            **(detail or {}),
-        },
-    )

@@ -515,6 +515,37 @@ class Index:
             statement = statement.limit(query.limit)
         return statement.offset(query.offset) if query.offset else statement
 
+    # -- objects -----------------------------------------------------------------------------------------------------------------
+
+    def replace_object(self, connection: Connection, object_key: str, sealed: SealedObject, *, landed_on: str) -> None:
+        """Have the row (archived or in quarantine) of the object `object_key` name another object of the same instance."""
+        values = {
+            "object_key": sealed.object_key,
+            "sealed_byte_count": sealed.byte_count,
+            "sealed_sha256": sealed.sha256,
+            "key_id": sealed.key_id,
+            "landed_on": landed_on,
+        }
+        for table in (INSTANCES, QUARANTINE):
+            connection.execute(update(table).where(table.c.object_key == object_key).values(values))
+
+    def arrived_in_store(self, connection: Connection, object_key: str, *, landed_on: str) -> bool:
+        """Note that a landed object is in the store; False when no row says that it lies on `landed_on`."""
+        for table in (INSTANCES, QUARANTINE):
+            moved = update(table).where(table.c.object_key == object_key, table.c.landed_on == landed_on).values(landed_on="")
+            if connection.execute(moved).rowcount:
+                return True
+        return False
+
+    def record_of_object(self, object_key: str) -> InstanceRecord | None:
+        """Return the record, archived or in quarantine, whose object this is; None when no row names it."""
+        with self._database.read() as connection:
+            row = connection.execute(_RECORD.where(INSTANCES.c.object_key == object_key)).first()
+            if row is not None:
+                return _record(row, _own_words(row, {}))
+            row = connection.execute(select(QUARANTINE).where(QUARANTINE.c.object_key == object_key)).first()
+            return None if row is None else _record(row, json.loads(row.attributes))
+
     # -- reports and objects -----------------------------------------------------------------------------------------------------
 
     def add_report(self, connection: Connection, report: ReportRecord) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from storage.envelope import Keyring
     from storage.landing import Landing, LandingFile
+    from storage.study_keys import StudyKey, StudyKeys
 
 _log = logging.getLogger(__name__)
 
@@ -51,18 +51,20 @@ class Intake:
         announced: Announced,
         limits: Limits,
         object_key: str,
-        keyring: Keyring,
+        study_keys: StudyKeys,
         landing: Landing,
         accept_sop_class: Callable[[str], bool],
-        admit: Callable[[InstanceRecord, LandingFile], Receipt],
+        report: Mapping[str, Any] | None,
+        admit: Callable[[InstanceRecord, LandingFile, StudyKey], Receipt],
         refused: Callable[[Origin, Announced, StorageError], None],
         reach: Callable[[str], None],
     ) -> None:
         self._origin = origin
         self._role = role
         self._announced = announced
-        self._object_key = object_key
+        self._study_keys = study_keys
         self._accept_sop_class = accept_sop_class
+        self._report = report
         self._admit = admit
         self._refused = refused
         self._reach = reach
@@ -76,7 +78,7 @@ class Intake:
             refused(origin, announced, error)
             raise
         try:
-            self._sealer = Sealer(keyring, object_key, self._file.write)
+            self._sealer = Sealer(object_key, self._file.write)
         except StorageError as error:
             self._close(error)
             raise
@@ -132,8 +134,8 @@ class Intake:
         """
         self._require_open()
         try:
-            record = self.seal()
-            receipt = self._admit(record, self._file)
+            record, study_key = self.seal()
+            receipt = self._admit(record, self._file, study_key)
         except StorageError as error:
             self._close(error)
             raise
@@ -145,17 +147,18 @@ class Intake:
         self._reach("receipt.ready")
         return receipt
 
-    def seal(self) -> InstanceRecord:
-        """End the data set and flush the landing file; the first half of `commit`."""
+    def seal(self) -> tuple[InstanceRecord, StudyKey]:
+        """End the data set, seal it under its study's key and flush the landing file; the first half of `commit`."""
         self._require_open()
         summary = self._scanner.finish()
         self._compare(summary)
-        footer = record_to_footer(summary, self._origin, self._role)
-        sealed = self._sealer.finish(footer)
+        footer = record_to_footer(summary, self._origin, self._role, report=self._report)
+        study_key = self._study_keys.current(summary.study_instance_uid)
+        sealed = self._sealer.finish(footer, study_key, self._study_keys)
         self._reach("intake.sealed")
         self._file.flush()
         self._reach("landing.flushed")
-        return InstanceRecord(summary=summary, sealed=sealed, origin=self._origin, role=self._role)
+        return InstanceRecord(summary=summary, sealed=sealed, origin=self._origin, role=self._role), study_key
 
     @property
     def landing_file(self) -> LandingFile:
@@ -197,11 +200,15 @@ class Intake:
             )
 
 
-def record_to_footer(summary: Summary, origin: Origin, role: str) -> dict[str, Any]:
-    """Return what the encrypted footer of an object keeps, so that the index can be rebuilt from the store alone."""
+def record_to_footer(summary: Summary, origin: Origin, role: str, *, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what the encrypted footer of an object keeps, so that the index can be rebuilt from the store alone.
+
+    `report`, of a report made here: ``source_sop_instance_uid``, ``kind``, ``models`` and ``deliver_to``.
+    """
     return {
         "version": 1,
         "role": role,
+        **({"report": dict(report)} if report else {}),
         "origin": {
             "door": origin.door,
             "received_at": origin.received_at.isoformat(),

@@ -32,11 +32,15 @@ class Landing:
         The landing folder, shared by all processes of the node; on the file system of a `DirectoryStore`.
     min_free_bytes
         Below this much free space nothing more is taken in.
+    max_bytes_in_flight
+        Above so many bytes that lie in open landing files of this process nothing more is taken in; 0: no limit.
     """
 
-    def __init__(self, root: Path, *, min_free_bytes: int) -> None:
+    def __init__(self, root: Path, *, min_free_bytes: int, max_bytes_in_flight: int = 0) -> None:
         self._root = root
         self._min_free_bytes = min_free_bytes
+        self._max_bytes_in_flight = max_bytes_in_flight
+        self._in_flight = 0
         self._lock = threading.Lock()
         self._own: tuple[int, Path, int] | None = None
         self._fault = ""
@@ -54,6 +58,22 @@ class Landing:
         except OSError as error:
             raise self.failure(error) from error
         return LandingFile(self, path, descriptor)
+
+    def flown(self, byte_count: int) -> None:
+        """Note bytes that came into flight, or left it (negative).
+
+        Raises
+        ------
+        Unavailable
+            Too many are in flight: the disk or the store does not keep up. The bytes are not counted.
+        """
+        with self._lock:
+            if byte_count > 0 and self._max_bytes_in_flight and self._in_flight + byte_count > self._max_bytes_in_flight:
+                raise Unavailable(
+                    f"{self._in_flight >> 20} MiB are received and not committed yet, {self._max_bytes_in_flight >> 20} MiB are allowed: "
+                    "send again in a while; if this goes on, look whether disk and store keep up",
+                )
+            self._in_flight += byte_count
 
     def check(self) -> None:
         """Raise Unavailable when nothing can be taken in: too little space, or a flush failed since the start."""
@@ -151,10 +171,13 @@ class LandingFile:
         self._landing = landing
         self._descriptor = descriptor
         self._until_check = _SPACE_EVERY
+        self._in_flight = 0
 
     def write(self, chunk: Buffer) -> None:
-        """Append `chunk`."""
+        """Append `chunk`; Unavailable when the disk takes no more, or too much is in flight."""
         view = memoryview(chunk).cast("B")
+        self._landing.flown(len(view))
+        self._in_flight += len(view)
         self._until_check -= len(view)
         if self._until_check < 0:
             self._until_check = _SPACE_EVERY
@@ -181,6 +204,7 @@ class LandingFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self._landing.flown(-self._in_flight)
 
     def discard(self) -> None:
         """Close and remove; no error when the store has consumed the file."""

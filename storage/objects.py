@@ -229,7 +229,7 @@ class DirectoryStore:
             if error.errno == errno.ELOOP:
                 raise IntegrityError(f"object {object_key} is a symbolic link; the store makes none: someone changed it") from error
             raise disk_unavailable(error, self._root) from error
-        return _FileReader(descriptor, self._root)
+        return FileReader(descriptor, self._root)
 
     def stat(self, object_key: str) -> ObjectInfo:
         """Look at the object's file."""
@@ -240,6 +240,10 @@ class DirectoryStore:
         except OSError as error:
             raise disk_unavailable(error, self._root) from error
         return ObjectInfo(object_key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def path_of(self, object_key: str) -> Path:
+        """Return where an object's file lies, for handing it on; nobody writes there."""
+        return self._root / relative_path(object_key)
 
     def delete(self, object_key: str, *, versions: bool = False) -> None:
         """Unlink the object's file. Without `versions` that becomes durable with the folder's next flush; a sweep would find it again."""
@@ -330,13 +334,16 @@ class DirectoryStore:
             raise Unavailable(f"the object directory {self._root} cannot be written; look for a read-only mount or wrong ownership")
 
 
-class _FileReader:
+class FileReader:
+    """A file opened for reading as an `ObjectReader`; it owns the descriptor."""
+
     def __init__(self, descriptor: int, root: Path) -> None:
         self._descriptor = descriptor
         self._root = root
         self.size = os.fstat(descriptor).st_size
 
     def read_at(self, offset: int, length: int) -> bytes:
+        """See `ObjectReader.read_at`."""
         try:
             whole = os.pread(self._descriptor, length, offset)
             if len(whole) == length or offset + len(whole) >= self.size:
@@ -354,6 +361,7 @@ class _FileReader:
             raise disk_unavailable(error, self._root) from error
 
     def close(self) -> None:
+        """Close the descriptor."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

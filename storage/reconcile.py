@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from storage.audit import AuditTrail
-    from storage.envelope import Keyring
     from storage.index import ArchivedObject, Index
     from storage.objects import ObjectStore
+    from storage.study_keys import StudyKeys
 
 _CHUNK = 1 << 20
 
@@ -59,7 +59,7 @@ def verify(
     *,
     index: Index,
     store: ObjectStore,
-    keyring: Keyring,
+    study_keys: StudyKeys,
     audit: AuditTrail,
     progress: Callable[[int, int | None], object],
 ) -> Reconciliation:
@@ -82,7 +82,7 @@ def verify(
     for known in index.all_objects():
         known_keys.add(known.object_key)
         try:
-            _verify_object(index, store, keyring, known)
+            _verify_object(index, store, study_keys, known)
         except InstanceNotFound:
             missing.append(known.object_key)
             _record(audit, known, "the object is gone from the store")
@@ -128,7 +128,7 @@ def _there(store: ObjectStore, object_key: str) -> bool:
     return True
 
 
-def _verify_object(index: Index, store: ObjectStore, keyring: Keyring, known: ArchivedObject) -> None:
+def _verify_object(index: Index, store: ObjectStore, study_keys: StudyKeys, known: ArchivedObject) -> None:
     reader = store.open(known.object_key)
     try:
         sealed = hashlib.sha256()
@@ -136,7 +136,7 @@ def _verify_object(index: Index, store: ObjectStore, keyring: Keyring, known: Ar
             sealed.update(reader.read_at(offset, _CHUNK))
         if (reader.size, sealed.hexdigest()) != (known.byte_count, known.sha256):
             raise IntegrityError("the sealed bytes are not those that were stored")
-        opener = Opener(keyring, known.object_key, reader.read_at, reader.size)
+        opener = Opener(study_keys, known.object_key, reader.read_at, reader.size)
         plain = hashlib.sha256()
         for chunk in opener.chunks():
             plain.update(chunk)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from storage.envelope import Keyring
     from storage.objects import ObjectReader
     from storage.records import InstanceRecord
+    from storage.study_keys import StudyKeys
 
 
 class StoredInstance:
@@ -24,14 +24,14 @@ class StoredInstance:
         self,
         record: InstanceRecord,
         reader: ObjectReader,
-        keyring: Keyring,
+        study_keys: StudyKeys,
         damaged: Callable[[InstanceRecord, IntegrityError], None],
     ) -> None:
         self.record = record
         self._reader = reader
         self._damaged = damaged
         try:
-            self._opener = Opener(keyring, record.sealed.object_key, reader.read_at, reader.size)
+            self._opener = Opener(study_keys, record.sealed.object_key, reader.read_at, reader.size)
         except IntegrityError as error:
             reader.close()
             damaged(record, error)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from pydicom.dataset import Dataset
 
-from dicom_node.courier import Courier, Leases
+from dicom_node.courier import Courier
 from dicom_node.dimse.scu import StorageSCU
 from dicom_node.peers import Peer, Peers
+from storage.leases import Leases
 from storage.records import Job, JobKind, JobState, NewJob, Origin
 from tests.dicom_node.door import Door, Rooms, draw, encoded, open_door, open_rooms
 from tests.dicom_node.scripted_peer import EXPLICIT

@@ -11,11 +11,12 @@ from typing import Any
 from storage.archive import Archive
 from storage.audit import AuditTrail
 from storage.database import Clock, Database, utc_now
-from storage.envelope import FileKeyring
 from storage.failpoints import unarmed
 from storage.index import Index
+from storage.keys import Ring
 from storage.objects import DirectoryStore, ObjectStore
 from storage.records import JobKind, Limits, NewJob, Origin, Receipt, Summary
+from storage.study_keys import StudyKeys
 from storage.work import WorkQueue
 from tests.storage.samples import Sample
 
@@ -35,7 +36,8 @@ class House:
     queue: WorkQueue
     audit: AuditTrail
     store: ObjectStore
-    keyring: FileKeyring
+    ring: Ring
+    study_keys: StudyKeys
     archive: Archive
 
     def ingest(self, sample: Sample, **origin: str) -> Receipt:
@@ -74,25 +76,43 @@ def origin_of(**fields: str) -> Origin:
 
 
 def build(
-    folder: Path, *, store: ObjectStore | None = None, reach: Callable[[str], None] = unarmed, clock: Clock = utc_now, **options: Any
+    folder: Path,
+    *,
+    store: ObjectStore | None = None,
+    reach: Callable[[str], None] = unarmed,
+    clock: Clock = utc_now,
+    database_url: str = "",
+    node_id: str = "",
+    **options: Any,
 ) -> House:
-    """Make or open a house in `folder`."""
+    """Make or open a house in `folder`.
+
+    With a `node_id` and a remote store it has a spool, as a node of many. `database_url`: of another database than SQLite in the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    ring = folder / "keys.json"
-    keyring = FileKeyring.load(ring) if ring.exists() else FileKeyring.create(ring)
-    database = Database(url=f"sqlite:///{folder / 'node.db'}", key=keyring.database_key())
+    ring_file = folder / "keys.json"
+    ring = Ring.load(ring_file) if ring_file.exists() else Ring.create(ring_file)
+    if database_url:
+        database = Database(url=database_url, key=None)
+    else:
+        database = Database(url=f"sqlite:///{folder / 'node.db'}", key=ring.database_key())
     database.migrate()
-    index, queue, audit = Index(database=database), WorkQueue(database=database, clock=clock), AuditTrail(database=database)
+    index, audit = Index(database=database), AuditTrail(database=database)
+    queue = WorkQueue(database=database, clock=clock, home=node_id)
     store = store if store is not None else DirectoryStore(folder / "objects", reach=reach)
+    study_keys = StudyKeys(database=database, ring=ring, reach=reach)
+    spool = DirectoryStore(folder / "landed", reach=reach) if node_id and store.remote else None
     archive = Archive(
         database=database,
         index=index,
         queue=queue,
         audit=audit,
         store=store,
-        keyring=keyring,
+        study_keys=study_keys,
         landing=folder / "landing",
+        spool=spool,
+        node_id=node_id,
         reach=reach,
         **{"limits": Limits(), "jobs_for": analyse, "min_free_bytes": 1 << 20, **options},
     )
-    return House(folder, database, index, queue, audit, store, keyring, archive)
+    return House(folder, database, index, queue, audit, store, ring, study_keys, archive)

@@ -1,0 +1,195 @@
+"""The Mover: brings landed objects from a node's disk into the store, some at a time and no faster than allowed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import LeaseLost, StorageError
+from storage.failpoints import unarmed
+from storage.leases import Leases
+from storage.records import Job, JobKind
+from storage.work import growing_delay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from storage.archive import Archive
+    from storage.work import WorkQueue
+
+_log = logging.getLogger(__name__)
+
+
+def unobserved(_event: str, **_labels: Any) -> None:
+    """Ignore what happens."""
+
+
+class Bandwidth:
+    """Spreads bytes over time: whoever took some waits until they are due. For many threads.
+
+    Parameters
+    ----------
+    bytes_per_s
+        0: as fast as it goes.
+    monotonic
+        Seconds of a clock that never steps.
+    """
+
+    def __init__(self, bytes_per_s: int, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def take(self, byte_count: int) -> float:
+        """Take bytes and return the seconds to wait before the next may be moved."""
+        if not self._bytes_per_s:
+            return 0.0
+        with self._lock:
+            now = self._monotonic()
+            self._free_at = max(self._free_at, now) + byte_count / self._bytes_per_s
+            return self._free_at - now
+
+
+class Mover:
+    """Brings this node's landed objects into the store.
+
+    Parameters
+    ----------
+    archive, queue
+        Of this node: its queue claims what has this node as its home.
+    at_once
+        Objects under way at the same time.
+    bytes_per_s
+        Bandwidth over all of them; 0: no limit.
+    poll_s
+        How often the queue is looked at.
+    heartbeat_s
+        How often the lease of an object under way is renewed; a third of the queue's lease.
+    wait
+        Waits for news at most so many seconds (the database's ``changed``); by default just that time, or until stopped.
+    reach
+        Failpoint: bring.claimed; the others are the archive's.
+    observe
+        Told ``instance.archived`` (byte_count, seconds) and ``archive.failed`` (retryable).
+    """
+
+    def __init__(
+        self,
+        *,
+        archive: Archive,
+        queue: WorkQueue,
+        at_once: int = 4,
+        bytes_per_s: int = 0,
+        poll_s: float = 0.5,
+        heartbeat_s: float = 20.0,
+        owner: str = "mover",
+        wait: Callable[[float], object] | None = None,
+        reach: Callable[[str], None] = unarmed,
+        observe: Callable[..., None] = unobserved,
+    ) -> None:
+        self._archive = archive
+        self._queue = queue
+        self._at_once = at_once
+        self._bandwidth = Bandwidth(bytes_per_s)
+        self._poll_s = poll_s
+        self._heartbeat_s = heartbeat_s
+        self._owner = owner
+        self._wait = wait
+        self._reach = reach
+        self._observe = observe
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._rests_until = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Bring until `stop` is set; objects under way are finished first."""
+        wait = self._wait or stop.wait
+        busy: list[Future[None]] = []
+        with ThreadPoolExecutor(self._at_once, thread_name_prefix="mover") as pool:
+            while not stop.is_set():
+                busy = [future for future in busy if not future.done()]
+                busy += [pool.submit(self._lane, stop) for _ in range(self._at_once - len(busy))] if self._any_due() else []
+                try:
+                    wait(self._poll_s)
+                except StorageError:
+                    stop.wait(self._poll_s)  # the next look at the queue says what is wrong
+
+    def bring_once(self) -> bool:
+        """Take one landed object to its end, good or bad. False when none was due.
+
+        Raises
+        ------
+        StorageError
+            The queue can neither be read nor written now; a job that was claimed is claimed again when its lease ends.
+        """
+        job = self._queue.claim(JobKind.ARCHIVE, owner=self._owner)
+        if job is None:
+            return False
+        self._bring(job)
+        return True
+
+    def _lane(self, stop: threading.Event) -> None:
+        try:
+            while not stop.is_set() and not self._rests():
+                job = self._queue.claim(JobKind.ARCHIVE, owner=self._owner)
+                if job is None:
+                    return
+                stop.wait(self._bandwidth.take(self._bring(job)))
+        except StorageError as error:
+            _log.warning("mover.queue_unavailable", extra={"reason": str(error)})
+        except Exception:  # noqa: BLE001 - the edge of a mover's thread: the lease runs out and the job is claimed again
+            _log.exception("mover.failed")
+
+    def _bring(self, job: Job) -> int:
+        """Bring one object; return its bytes, 0 when it was not brought."""
+        self._reach("bring.claimed")
+        began = time.monotonic()
+        with Leases(self._queue, [job], self._heartbeat_s) as leases:
+            try:
+                byte_count = self._archive.bring(job)
+            except LeaseLost:
+                _log.warning("job.lease_lost", extra={"job": job.id})
+                return 0
+            except StorageError as error:
+                if leases.drop(job):
+                    self._failed(job, error)
+                return 0
+        with self._lock:
+            self._failures = 0
+        if byte_count:
+            self._observe("instance.archived", byte_count=byte_count, seconds=time.monotonic() - began)
+        return byte_count
+
+    def _failed(self, job: Job, error: StorageError) -> None:
+        """Give the job back, or bury it. A store that is away is no fault of the object: the Mover rests, a minute at most."""
+        self._observe("archive.failed", retryable=error.retryable)
+        try:
+            if error.retryable:
+                with self._lock:
+                    self._failures += 1
+                    rest = growing_delay(self._failures, first_s=0.5, longest_s=60.0)
+                    self._rests_until = time.monotonic() + rest
+                self._queue.release(job, after_s=rest, reason=str(error))
+                _log.warning("archive.failed", extra={"job": job.id, "reason": str(error), "again_in_s": round(rest, 1)})
+            else:
+                self._archive.fail(job, str(error), retryable=False)
+                _log.error("archive.failed", extra={"job": job.id, "reason": str(error)})
+        except LeaseLost:
+            _log.warning("job.lease_lost", extra={"job": job.id})
+
+    def _rests(self) -> bool:
+        with self._lock:
+            return time.monotonic() < self._rests_until
+
+    def _any_due(self) -> bool:
+        if self._rests():
+            return False
+        try:
+            return bool(self._queue.lanes(JobKind.ARCHIVE))
+        except StorageError as error:
+            _log.warning("mover.queue_unavailable", extra={"reason": str(error)})
+            return False

@@ -1,0 +1,239 @@
+"""Where a sealed object may lie: the spool of a node, its read cache, the store. Puts, opens, moves and removes it there.
+
+With a directory as the store there is one place. With a bucket, policy ``land`` puts an object into the spool, on the node's own durable
+disk, from where the Mover brings it into the store; policy ``archive`` puts it into the store at once. The cache holds copies that may
+vanish at any time. The row of the instance says where the object is (`InstanceRecord.landed_on`); this file believes the row and
+looks into the next place when the object was moved meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from storage.errors import InstanceNotFound, IntegrityError, StorageError, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from storage.cache import ReadCache
+    from storage.objects import DirectoryStore, ObjectReader, ObjectStore
+    from storage.records import InstanceRecord, SealedObject
+
+Acknowledge = Literal["land", "archive"]
+"""What Success means: flushed on this node's disk, or in the store with its digest confirmed."""
+
+_CHUNK = 1 << 20
+_log = logging.getLogger(__name__)
+
+
+class Places:
+    """The places of one node.
+
+    Parameters
+    ----------
+    store
+        Where objects live for good.
+    spool
+        On the node's own durable disk, for a remote store and policy ``land``; None: everything goes to the store at once.
+    cache
+        Copies for reading; None: every reading asks the store.
+    node_id
+        Of the node whose spool it is.
+    cached_bytes
+        Largest object that is copied into the cache when it is read.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: ObjectStore,
+        spool: DirectoryStore | None = None,
+        cache: ReadCache | None = None,
+        node_id: str = "",
+        cached_bytes: int = 16 * 1024**2,
+    ) -> None:
+        if spool is not None and not node_id:
+            raise ValueError("a spool belongs to a node: give node_id")
+        self.store = store
+        self._spool = spool
+        self._cache = cache
+        self._node_id = node_id
+        self._cached_bytes = cached_bytes
+
+    @property
+    def remote(self) -> bool:
+        """Whether to put an object is a journey."""
+        return self.store.remote
+
+    def lands(self, policy: Acknowledge) -> bool:
+        """Whether an object of this policy goes into the spool first."""
+        return self._spool is not None and policy == "land"
+
+    def put(self, record: InstanceRecord, path: Path, policy: Acknowledge) -> InstanceRecord:
+        """Make the object of `record` durable as `policy` asks, and return the record that says where it is. The file stays.
+
+        Raises
+        ------
+        Unavailable, IntegrityError
+            As `ObjectStore.put`; nothing was promised.
+        """
+        if self._spool is not None and self.lands(policy):
+            self._spool.put(record.sealed.object_key, path, record.sealed)
+            return replace(record, landed_on=self._node_id)
+        self.store.put(record.sealed.object_key, path, record.sealed, tags={"role": record.role})
+        return record
+
+    def keep_copy(self, sealed: SealedObject, path: Path) -> None:
+        """Give the landing file of what is in the store to the cache: it is read in a moment. The file is gone, or stays."""
+        if self._cache is not None and sealed.byte_count <= self._cached_bytes:
+            self._cache.adopt(path, sealed.object_key)
+
+    def open(self, record: InstanceRecord) -> ObjectReader:
+        """Open the object of `record`.
+
+        Raises
+        ------
+        InstanceNotFound
+            It is in no place where it could be.
+        ColdObject, Unavailable
+            It cannot be read now, or lies on another node's disk yet.
+        """
+        object_key = record.sealed.object_key
+        if record.landed_on and record.landed_on == self._node_id and self._spool is not None:
+            try:
+                return self._spool.open(object_key)
+            except InstanceNotFound:
+                return self.store.open(object_key)  # moved since the row was read
+        if record.landed_on:
+            try:
+                return self.store.open(object_key)  # perhaps it was moved meanwhile
+            except InstanceNotFound as error:
+                raise Unavailable(
+                    f"the object lies on node {record.landed_on} yet, which brings it into the store; start that node, or wait for it"
+                ) from error
+        return self._cached(record.sealed) or self.store.open(object_key)
+
+    def require_whole(self, record: InstanceRecord) -> None:
+        """Read the object of `record` from where its row says it lives, never from the cache, and compare its digest.
+
+        Raises
+        ------
+        InstanceNotFound
+            It is gone.
+        IntegrityError
+            It is not what was sealed.
+        ColdObject, Unavailable
+            It cannot be read now.
+        """
+        if record.landed_on and record.landed_on != self._node_id:
+            raise Unavailable(f"the object lies on the disk of node {record.landed_on}: only that node can read it yet")
+        reader = self.open(record) if record.landed_on else self.store.open(record.sealed.object_key)
+        try:
+            if reader.size != record.sealed.byte_count or digest_of(reader) != record.sealed.sha256:
+                raise IntegrityError(
+                    f"object {record.sealed.object_key} is not what was sealed ({reader.size} bytes, {record.sealed.byte_count} expected)"
+                )
+        finally:
+            reader.close()
+
+    def bring(self, record: InstanceRecord) -> None:
+        """Bring a landed object into the store; on return its digest there is confirmed. The spool keeps its file.
+
+        Raises
+        ------
+        InstanceNotFound
+            Neither spool nor store has it.
+        IntegrityError
+            The spool's bytes are not those that were sealed: the disk lost what it had promised.
+        Unavailable
+            The store does not take it now.
+        """
+        if self._spool is None:
+            raise RuntimeError("a node without a spool has nothing to bring")
+        object_key = record.sealed.object_key
+        reader = None
+        try:
+            reader = self._spool.open(object_key)
+        except InstanceNotFound:
+            self.require_whole(replace(record, landed_on=""))  # brought before, by a process that died before its commit
+            return
+        try:
+            # An upload of other bytes would be refused by the read-back; found here, it is known which side is at fault.
+            if reader.size != record.sealed.byte_count or digest_of(reader) != record.sealed.sha256:
+                raise IntegrityError(
+                    f"landed object {object_key} is not what was sealed: the disk changed it; have it sent again, replace the disk"
+                )
+        finally:
+            reader.close()
+        self.store.put(object_key, self._spool.path_of(object_key), record.sealed, tags={"role": record.role})
+
+    def settle(self, sealed: SealedObject) -> None:
+        """After the commit that says so: what was brought is in the store, the spool's file becomes a cached copy, or goes."""
+        if self._spool is None:
+            return
+        try:
+            self.keep_copy(sealed, self._spool.path_of(sealed.object_key))
+            self._spool.delete(sealed.object_key)
+        except StorageError as error:
+            _log.warning("spool.left", extra={"object_key": sealed.object_key, "reason": str(error)})  # the sweep finds it
+
+    def delete(self, record: InstanceRecord, *, versions: bool = False) -> None:
+        """Remove the object from every place of this node and from the store; `versions` as `ObjectStore.delete`."""
+        object_key = record.sealed.object_key
+        if self._cache is not None:
+            self._cache.drop(object_key)
+        if self._spool is not None:
+            self._spool.delete(object_key)
+        if not record.landed_on or versions:
+            self.store.delete(object_key, versions=versions)
+
+    def landed(self) -> Iterator[str]:
+        """Yield the keys of the objects in the spool."""
+        if self._spool is not None:
+            for info in self._spool.list():
+                yield info.object_key
+
+    def check(self) -> None:
+        """Raise Unavailable when nothing can be put: with a spool the store may be away for a while, and landing goes on."""
+        if self._spool is not None:
+            self._spool.check()
+        else:
+            self.store.check()
+
+    def _cached(self, sealed: SealedObject) -> ObjectReader | None:
+        """Return the cached copy, made now when it is worth it; its digest is compared each time: the cache is nobody's promise."""
+        if self._cache is None or sealed.byte_count > self._cached_bytes:
+            return None
+        reader = self._cache.open(sealed.object_key)
+        if reader is None:
+            source = self.store.open(sealed.object_key)
+            try:
+                if source.size != sealed.byte_count:
+                    return None  # the caller opens the object itself, and says what is wrong with it
+                self._cache.fill(sealed.object_key, chunks_of(source), sealed.sha256, sealed.byte_count)
+            finally:
+                source.close()
+            reader = self._cache.open(sealed.object_key)
+        if reader is not None and (reader.size != sealed.byte_count or digest_of(reader) != sealed.sha256):
+            reader.close()
+            self._cache.drop(sealed.object_key)
+            return None
+        return reader
+
+
+def chunks_of(reader: ObjectReader) -> Iterator[bytes]:
+    """Yield the whole object in pieces of a megabyte."""
+    for offset in range(0, reader.size, _CHUNK):
+        yield reader.read_at(offset, _CHUNK)
+
+
+def digest_of(reader: ObjectReader) -> str:
+    """Return the SHA-256 of the sealed bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in chunks_of(reader):
+        digest.update(chunk)
+    return digest.hexdigest()
