@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ipaddress
 import threading
+import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -45,6 +46,12 @@ _REMEDIES: Final[Mapping[str, str]] = {
 _UNKNOWN: Final = "the service reports {code}: it is tried again later; look at the state of the service if this stays"
 
 
+class _Made(NamedTuple):
+    secret: bytes
+    wrapped: bytes
+    arn: str
+
+
 class KmsKey:
     """A ``WrappingKey`` in a key service. Connects when it is first used; for any number of threads.
 
@@ -58,6 +65,9 @@ class KmsKey:
         Of a compatible service; empty: AWS. Plain ``http`` is refused unless it stays on this machine, since keys cross in clear.
     connect_timeout_s, read_timeout_s, attempts
         Bounds of one request, and how often it is tried (growing delay with jitter).
+    pause_s
+        For so long after it was found unreachable, the service is not asked again: of many that wait for each other only the first
+        waits for the network.
 
     Raises
     ------
@@ -71,9 +81,10 @@ class KmsKey:
         *,
         region: str = "",
         endpoint_url: str = "",
-        connect_timeout_s: float = 3.0,
-        read_timeout_s: float = 10.0,
-        attempts: int = 4,
+        connect_timeout_s: float = 2.0,
+        read_timeout_s: float = 5.0,
+        attempts: int = 3,
+        pause_s: float = 1.0,
     ) -> None:
         if endpoint_url and not _safe(endpoint_url):
             raise Unavailable("the endpoint of the key service is plain HTTP to another machine: use https, the keys cross in clear")
@@ -85,6 +96,8 @@ class KmsKey:
             read_timeout=read_timeout_s,
             retries={"total_max_attempts": attempts, "mode": "standard"},
         )
+        self._pause_s = pause_s
+        self._away: tuple[float, str] = (0.0, "")
         self._client: KMSClient | None = None
         self._lock = threading.Lock()
 
@@ -101,38 +114,46 @@ class KmsKey:
         Unavailable
             The key cannot be used now, for one of the three operations.
         """
-        context = {"dicom-node": "trial", "id": ""}
-        made = self._call(lambda kms: kms.generate_data_key(KeyId=self._arn, NumberOfBytes=KEY_BYTES, EncryptionContext=context))
-        wrapped = self.wrap(made["Plaintext"], "trial", "")
-        if self.unwrap(wrapped, "trial", "") != made["Plaintext"]:
+        made = self._generate("trial", "")
+        if self.unwrap(self.wrap(made.secret, "trial", ""), "trial", "") != made.secret:
             raise Unavailable(f"the key service gives back other bytes than it took for {self._arn}: do not use it")
-        key = KmsKey(made["KeyId"], region=self._region, endpoint_url=self._endpoint_url)
-        key._config, key._client = self._config, self._client
+        key = KmsKey(made.arn, region=self._region, endpoint_url=self._endpoint_url)
+        key._config, key._client, key._pause_s = self._config, self._client, self._pause_s
         return key
 
     def generate(self, purpose: str, name: str) -> tuple[bytes, bytes]:
         """Return a new secret, in clear and wrapped; Unavailable when the key cannot be used now."""
-        context = _context(purpose, name)
-        made = self._call(lambda kms: kms.generate_data_key(KeyId=self._arn, NumberOfBytes=KEY_BYTES, EncryptionContext=context))
-        return _whole(made["Plaintext"]), made["CiphertextBlob"]
+        made = self._generate(purpose, name)
+        return made.secret, made.wrapped
 
     def wrap(self, secret: bytes, purpose: str, name: str) -> bytes:
         """Wrap a secret; Unavailable when the key cannot be used now."""
         context = _context(purpose, name)
-        return self._call(lambda kms: kms.encrypt(KeyId=self._arn, Plaintext=secret, EncryptionContext=context))["CiphertextBlob"]
+        return self._call(lambda kms: kms.encrypt(KeyId=self._arn, Plaintext=secret, EncryptionContext=context)["CiphertextBlob"])
 
     def unwrap(self, wrapped: bytes, purpose: str, name: str) -> bytes:
         """Return the secret; IntegrityError when this key did not wrap these bytes for this, Unavailable when it cannot be used now."""
         context = _context(purpose, name)
         # the key is named so that the service opens with no other one that the ciphertext may ask for
-        found = self._call(lambda kms: kms.decrypt(KeyId=self._arn, CiphertextBlob=wrapped, EncryptionContext=context))
-        return _whole(found["Plaintext"])
+        return _whole(self._call(lambda kms: kms.decrypt(KeyId=self._arn, CiphertextBlob=wrapped, EncryptionContext=context)["Plaintext"]))
 
     def document(self) -> dict[str, str]:
         """Return the address; there is nothing secret in it."""
         return {"kind": "kms", "arn": self._arn, "region": self._region, "endpoint_url": self._endpoint_url}
 
+    def _generate(self, purpose: str, name: str) -> _Made:
+        context = _context(purpose, name)
+
+        def operation(kms: KMSClient) -> _Made:
+            answer = kms.generate_data_key(KeyId=self._arn, NumberOfBytes=KEY_BYTES, EncryptionContext=context)
+            return _Made(_whole(answer["Plaintext"]), answer["CiphertextBlob"], answer["KeyId"])
+
+        return self._call(operation)
+
     def _call(self, operation: Callable[[KMSClient], T]) -> T:
+        until, reason = self._away
+        if time.monotonic() < until:
+            raise Unavailable(reason)
         try:
             return operation(self._connected())
         except ClientError as error:
@@ -142,8 +163,12 @@ class KmsKey:
         except NoRegionError as error:
             raise Unavailable(f"the key service for {self._arn}: no region is known: name the key by its ARN, or set the region") from error
         except (BotoCoreError, OSError) as error:
+            reason = f"the key service for {self._arn} is not reachable ({type(error).__name__}): look at network, endpoint and certificate"
+            self._away = (time.monotonic() + self._pause_s, reason)
+            raise Unavailable(reason) from error
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise Unavailable(
-                f"the key service for {self._arn} is not reachable ({type(error).__name__}): look at network, endpoint and certificate"
+                f"the key service for {self._arn} answers what is no answer ({type(error).__name__}): look at the endpoint"
             ) from error
 
     def _refused(self, error: ClientError) -> StorageError:
@@ -172,13 +197,11 @@ def _whole(secret: bytes) -> bytes:
 
 
 def _safe(endpoint_url: str) -> bool:
-    parts = urlsplit(endpoint_url)
-    if parts.scheme == "https":
-        return True
-    host = parts.hostname or ""
-    if parts.scheme != "http":
-        return False
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        parts = urlsplit(endpoint_url)
+        host = parts.hostname or ""
+        if parts.scheme == "http":
+            return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+    return parts.scheme == "https" and bool(host)
