@@ -86,7 +86,7 @@ def test_waiting_works_share_one_commit(database: Database) -> None:
         entered.set()
         assert gate.wait(30)
 
-    event.listen(database._write_engine, "commit", lambda _: commits.append(1))
+    event.listen(database._backend.writer, "commit", lambda _: commits.append(1))
     first = threading.Thread(target=database.write, args=(block,))
     first.start()
     assert entered.wait(30)
@@ -272,7 +272,7 @@ def test_a_lock_held_by_another_process_ends_in_unavailable(database: Database, 
     database.close()
     database = open_database(tmp_path, busy_timeout_s=0.2)
     database.write(lambda _: None)
-    holder = database._connect()
+    holder = database._backend.connect()
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(Unavailable, match="write lock"):
         database.write(lambda c: put(c, 1))
@@ -286,7 +286,7 @@ def test_a_lock_held_by_another_process_ends_in_unavailable(database: Database, 
 
 def test_check_names_a_writer_that_is_stuck(database: Database) -> None:
     """Readiness fails, and does not hang, while the write lock is held elsewhere."""
-    holder = database._connect()
+    holder = database._backend.connect()
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(Unavailable, match="took no write"):
         database.check(timeout_s=0.05)

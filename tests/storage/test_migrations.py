@@ -19,7 +19,12 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import ClauseElement
 
 import storage.audit
+import storage.changes
+import storage.duties
+import storage.holds
 import storage.index
+import storage.nodes
+import storage.study_keys
 import storage.work
 from storage.database import HEAD, METADATA
 from tests.storage.support import open_database
@@ -31,6 +36,16 @@ if TYPE_CHECKING:
 
     from storage.database import Database
 
+_MODULES = (
+    storage.audit,
+    storage.changes,
+    storage.duties,
+    storage.holds,
+    storage.index,
+    storage.nodes,
+    storage.study_keys,
+    storage.work,
+)
 _VERSIONS = Path(storage.index.__file__).with_name("migrations")
 
 
@@ -44,7 +59,7 @@ def _described(connection: Connection) -> dict[str, object]:
     inspector = inspect(connection)
     return {
         table: (
-            [(column["name"], str(column["type"]), column["nullable"]) for column in inspector.get_columns(table)],
+            sorted((column["name"], str(column["type"]), column["nullable"], column["default"]) for column in inspector.get_columns(table)),
             inspector.get_pk_constraint(table),
             sorted(map(str, inspector.get_foreign_keys(table))),
             sorted(map(str, inspector.get_unique_constraints(table))),
@@ -64,7 +79,7 @@ def test_the_sum_of_the_migrations_is_the_schema(database: Database, tmp_path: P
     folder.mkdir()
     (folder / "node.db").touch()
     made = open_database(folder)
-    with made._write_engine.connect() as connection:
+    with made._backend.writer.connect() as connection:
         METADATA.create_all(connection)
         assert _described(connection) == migrated
     made.close()
@@ -99,7 +114,7 @@ def stop(*_):
     statements -= 1
     if statements == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-event.listen(database._write_engine, "before_cursor_execute", stop)
+event.listen(database._backend.writer, "before_cursor_execute", stop)
 database.migrate()
 database.close()
 """
@@ -114,7 +129,7 @@ def test_a_killed_migration_is_undone_and_repeated(tmp_path: Path, statements: i
     """SIGKILL before the n-th statement leaves no half schema: the next start migrates by itself (threats row 26)."""
     assert _migrate(tmp_path, statements).wait(60) == -signal.SIGKILL
     database = open_database(tmp_path)
-    with database._write_engine.connect() as connection:
+    with database._backend.writer.connect() as connection:
         assert inspect(connection).get_table_names() == []
     database.migrate()
     assert rows(database) == []
@@ -139,7 +154,7 @@ def test_every_statement_compiles_for_postgresql() -> None:
             assert str(CreateIndex(index).compile(dialect=dialect))
     prepared = [
         statement
-        for module in (storage.index, storage.work, storage.audit)
+        for module in _MODULES
         for value in vars(module).values()
         for statement in (value if isinstance(value, tuple) else (value,))
         if isinstance(statement, ClauseElement) and statement.__visit_name__ in {"select", "insert", "update"}
