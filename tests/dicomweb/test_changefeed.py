@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -188,3 +192,28 @@ def test_the_watcher_rests_and_starts_again(door: Door) -> None:
         sample = photograph()
         door.house.ingest(sample)
         assert [change["sop_instance_uid"] for change in answer.result(25).json["changes"]] == [sample.sop_instance_uid]
+
+
+def test_the_loop_of_the_page_works(door: Door, tmp_path: Path) -> None:
+    """The program of docs/changefeed.md prints each change once, also after it was killed and started again."""
+    page = Path(__file__).parents[2] / "docs" / "changefeed.md"
+    program = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0]
+    (tmp_path / "reader").mkdir()
+    for _ in range(2):
+        stored = [door.stored().sop_instance_uid for _ in range(3)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=tmp_path / "reader",
+            env={**os.environ, "DICOMWEB": door.base},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert [process.stdout.readline().split()[1:] for _ in stored] == [["instance.stored", uid] for uid in stored]
+        written = tmp_path / "reader" / "cursor"
+        end = len(door.house.actions())
+        while not written.exists() or int(written.read_text()) < end - 1:  # the last record may be that of its own read
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        process.stdout.close()
