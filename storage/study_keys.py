@@ -62,7 +62,7 @@ _OF_STUDY = select(STUDY_KEYS).where(_T.study_instance_uid == bindparam("study")
 _IS_STORED = update(STUDY_KEYS).where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was")).values(stored=1)
 _RE_WRAP = (
     update(STUDY_KEYS)
-    .where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was"), _T.stored == bindparam("was_stored"))
+    .where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was"))
     .values(wrapping_key_id=bindparam("by"), wrapped=bindparam("now"))
 )
 _LEFT = (
@@ -218,7 +218,7 @@ class StudyKeys:
         elif stored and row.wrapped != _text(study_key.wrapped):
             # re-wrapped while the older document was on its way, which may have replaced the newer one: it has to be put again
             connection.execute(update(STUDY_KEYS).where(_T.id == study_key.id).values(stored=0))
-        self._database.on_commit(lambda: self._seen_in_table(study_key.id))
+        self._database.on_commit(lambda: self._seen_in_table(study_key.id, stored=row is None and stored))
 
     def restore_in(self, connection: Connection, study_key: StudyKey) -> None:
         """Inside of a ``Database.write``: take over a key from its document in the store; a row that is there stays as it is."""
@@ -363,17 +363,39 @@ class StudyKeys:
             The store, or as `get`.
         """
         name = document_name(study_key_id)
-        while True:
-            key = self._fresh(study_key_id)
-            if key is None or not key.stored:
-                key = self.get(study_key_id)
-            if key.stored:
-                return
-            put_document(name, self.document(key))
-            if self._database.write(partial(self.mark_stored_in, study_key=key)):
-                return
+        key = self._fresh(study_key_id)
+        if key is None or not key.stored:
+            key = self.get(study_key_id)
+        if key.stored:
+            return
+        put_document(name, self.document(key))
+        while not self._database.write(partial(self.mark_stored_in, study_key=key)):
+            # the row changed, so what was just put may have replaced the document of a rotation
             if not self.known([study_key_id]):
                 delete_document(name)
+            key = self.get(study_key_id)
+            put_document(name, self.document(key))
+
+    def publish_all(self, *, put_document: PutDocument, delete_document: DeleteDocument) -> int:
+        """Put the documents of all keys that are not known to be in the store; return how many. A duty of every node.
+
+        A key that cannot be opened is passed over, and stands in the log. Unavailable as `publish`.
+        """
+        done, after = 0, ""
+        statement = select(_T.id).where(_T.stored == 0, _T.id > bindparam("after")).order_by(_T.id).limit(_BATCH)
+        while True:
+            with self._database.read() as connection:
+                ids = list(connection.scalars(statement, {"after": after}))
+            if not ids:
+                return done
+            after = ids[-1]
+            for study_key_id in ids:
+                try:
+                    self.publish(study_key_id, put_document=put_document, delete_document=delete_document)
+                except IntegrityError as error:
+                    _log.error("study_key.unpublished", extra={"study_key_id": study_key_id, "reason": str(error)})
+                    continue
+                done += 1
 
     def mark_stored_in(self, connection: Connection, study_key: StudyKey) -> bool:
         """Inside of a ``Database.write``: record that ``document(study_key)`` is in the store; False when the key changed meanwhile."""
@@ -381,11 +403,6 @@ class StudyKeys:
         if marked:
             self._database.on_commit(lambda: self._seen_in_table(study_key.id, stored=True))
         return marked
-
-    def unpublished(self, at_most: int = 1000) -> list[str]:
-        """Return ids of keys in the table whose document is not known to be in the store."""
-        with self._database.read() as connection:
-            return list(connection.scalars(select(_T.id).where(_T.stored == 0).order_by(_T.id).limit(at_most)))
 
     def known(self, study_key_ids: Iterable[str]) -> set[str]:
         """Return those of the ids (a few hundred at most) that are in the table; the document of any other is an orphan."""
@@ -409,7 +426,7 @@ class StudyKeys:
     ) -> int:
         """Re-wrap every study key that is not wrapped by the primary key, while others seal and read.
 
-        For each: wrap anew, replace the document if there is one, change the row. Killed at any point, the row tells what is left:
+        For each: wrap anew, replace the document, change the row. Killed at any point, the row tells what is left:
         run it again. One at a time for a database, please: two would do the work twice.
 
         Parameters
@@ -449,6 +466,7 @@ class StudyKeys:
                     done += len(changed)
                     again = again or bool(fresh)
                     progress(done, max(done, total))
+        self.publish_all(put_document=put_document, delete_document=delete_document)
         if damaged:
             raise IntegrityError(
                 f"{damaged} study keys could not be opened and keep their wrapping key: the log names them; restore their documents or rows"
@@ -475,7 +493,8 @@ class StudyKeys:
         """
 
         def work(connection: Connection) -> None:
-            if connection.execute(_USED, {"key_id": wrapping_key_id}).first() is not None:
+            used = connection.execute(_USED, {"key_id": wrapping_key_id}).first() is not None
+            if used and wrapping_key_id != self._ring.primary_key_id:  # the primary key is refused below, with the right remedy
                 raise Unavailable(f"key {wrapping_key_id} still wraps study keys: run `dicom-node keys rotate`, then remove it")
             Ring.remove(self._ring.path, wrapping_key_id)
 
@@ -500,9 +519,9 @@ class StudyKeys:
         wrapping_key_id, wrapped = self._ring.wrap(key.secret, key.id)
         key = replace(key, wrapping_key_id=wrapping_key_id, wrapped=wrapped)
         self._reach("rotate.wrapped")
-        if key.stored:
-            put_document(document_name(key.id), self.document(key))
-            self._reach("rotate.document")
+        # also when none is known to be there: one may be on its way, and would keep the former wrapping key in use
+        put_document(document_name(key.id), self.document(key))
+        self._reach("rotate.document")
         return key
 
     def _tidy(self, study_key_ids: list[str], delete_document: DeleteDocument) -> None:
@@ -579,13 +598,7 @@ def _replace_in(connection: Connection, fresh: list[tuple[Row[Any], StudyKey]]) 
     """Write the new wraps of those rows that are still as they were read; return their ids."""
     changed = set()
     for row, key in fresh:
-        values = {
-            "study_key_id": row.id,
-            "was": row.wrapped,
-            "was_stored": row.stored,
-            "by": key.wrapping_key_id,
-            "now": _text(key.wrapped),
-        }
+        values = {"study_key_id": row.id, "was": row.wrapped, "by": key.wrapping_key_id, "now": _text(key.wrapped)}
         if connection.execute(_RE_WRAP, values).rowcount == 1:
             changed.add(row.id)
     return changed
