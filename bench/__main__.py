@@ -27,8 +27,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from inference.drawing import draw_skin_picture
+from storage.database import Database
 from storage.envelope import Sealer
-from storage.keys import FileKeyring
+from storage.keys import Ring
+from storage.study_keys import StudyKeys
 from tests.inference import report_drawing as draw
 from tests.interop.orthanc import running_orthanc
 from tests.system.running_node import free_port, running_node
@@ -128,15 +130,19 @@ def main() -> None:
     results: dict[str, object] = {"machine": platform.machine(), "processors": os.cpu_count(), "rounds": rounds}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        keyring = FileKeyring.create(folder / "ring.json")
+        ring = Ring.create(folder / "ring.json")
+        database = Database(url=f"sqlite:///{folder}/index.db", key=ring.database_key())
+        database.migrate()
+        study_keys = StudyKeys(database=database, ring=ring)
+        study_key = study_keys.current("2.25.1")
         block = os.urandom(1 << 20)
 
         def seal() -> float:
             began = time.perf_counter()
-            sealer = Sealer(keyring, "0" * 32, lambda _: None)
+            sealer = Sealer("0" * 32, lambda _: None)
             for _ in range(128):
                 sealer.update(block)
-            sealer.finish({})
+            sealer.finish({}, study_key, study_keys)
             return 128 / (time.perf_counter() - began)
 
         def report() -> float:

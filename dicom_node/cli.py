@@ -3,73 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import structlog
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from dicom_node import config
-from dicom_node.config import ConfigurationError, Settings
-from storage.errors import StorageError
+from dicom_node.cli_keys import keys_app
+from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
 from storage.records import AuditEvent, JobKind
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", "-c", help="The configuration file; default: $DICOM_NODE_CONFIG, else the built-in defaults.", show_default=False
-    ),
-]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="A DICOM node for dermatology: archives encrypted, analyses, answers with Structured Reports.")  # fmt: skip
-keys_app = typer.Typer(no_args_is_help=True, help="The ring of key-encryption keys.")
 app.add_typer(keys_app, name="keys")
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def fail(*messages: str) -> typer.Exit:
-    """Say what is wrong and leave with status 1."""
-    for message in messages:
-        err.print(Text("error: ", style="bold red") + Text(message))
-    return typer.Exit(1)
-
-
-@contextmanager
-def faults_as_sentences() -> Iterator[None]:
-    """Turn the errors we know into sentences; what we do not know stays a traceback, since it is a bug."""
-    try:
-        yield
-    except ConfigurationError as error:
-        raise fail(*error.faults) from error
-    except StorageError as error:
-        raise fail(str(error)) from error
-    except BrokenPipeError:
-        # The reader of our output went away (`dicom-node trace … | head`).
-        sys.stderr.close()
-        raise typer.Exit(0) from None
-
-
-def _settings(path: Path | None) -> Settings:
-    return config.load(path)
-
-
-@contextmanager
-def _progress(description: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on a terminal: call it with (done, total)."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command()
@@ -83,7 +31,7 @@ def serve(
     from dicom_node import node  # the other commands should not pay for the doors
 
     with faults_as_sentences():
-        settings = _settings(config_file)
+        settings = settings_of(config_file)
         try:
             if role is None:
                 node.serve(settings, config_file)
@@ -104,7 +52,7 @@ def check(config_file: ConfigOption = None) -> None:
     from dicom_node.environment import findings
 
     with faults_as_sentences():
-        settings = _settings(config_file)
+        settings = settings_of(config_file)
         failed = 0
         for finding in findings(settings):
             mark, style = ("ok", "green") if finding.passed else ("no", "bold red")
@@ -127,7 +75,7 @@ def config_command(
         elif example:
             typer.echo(config.example_toml(), nl=False)
         else:
-            typer.echo(_settings(config_file).model_dump_json(indent=2, by_alias=True))
+            typer.echo(settings_of(config_file).model_dump_json(indent=2, by_alias=True))
 
 
 @app.command()
@@ -163,7 +111,7 @@ def send(
     from dicom_node.photograph import PhotographOptions
 
     with faults_as_sentences():
-        settings = _settings(config_file)
+        settings = settings_of(config_file)
         if not files and not demo:
             raise fail("nothing to send; name files, or use --demo")
         if modality not in {"photo", "dermoscopic"}:
@@ -181,7 +129,7 @@ def send(
                     typer.echo(str(path))
                 return
             target = sending.target(settings, to=to, called_ae_title=called_ae_title, calling_ae_title=calling_ae_title)
-            with _progress(f"sending to {target.label}") as progress:
+            with progress_bar(f"sending to {target.label}") as progress:
                 answers = sending.send(items, target, progress=progress)
         except sending.SendError as error:
             raise fail(*error.faults) from error
@@ -202,9 +150,9 @@ def trace(
     config_file: ConfigOption = None,
 ) -> None:
     """Where is my study: from whom, when, digest, object, jobs, models, reports, deliveries."""
-    from dicom_node import node, tracing
+    from dicom_node import storehouse, tracing
 
-    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
         found = parts.archive.trace(uid)
         if as_json:
             typer.echo(json.dumps(found, indent=2, default=str))
@@ -220,9 +168,9 @@ def requeue(
     config_file: ConfigOption = None,
 ) -> None:
     """Let dead or finished jobs run again. A repeated analysis writes the same reports, under the same UIDs."""
-    from dicom_node import node
+    from dicom_node import storehouse
 
-    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
         if dead is not None and dead not in set(JobKind):
             raise fail(f"--dead {dead}: use {' or '.join(JobKind)}")
         if not job_ids and dead is None:
@@ -238,9 +186,9 @@ def requeue(
 @app.command()
 def quarantine(config_file: ConfigOption = None) -> None:
     """List what was put aside: instances whose UID was known with other content, or whose study belongs to another patient."""
-    from dicom_node import node, tracing
+    from dicom_node import storehouse, tracing
 
-    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
         kept = parts.index.quarantined()
         for one in kept:
             for line in tracing.quarantined(one.record, one.reason, one.quarantined_at):
@@ -251,10 +199,10 @@ def quarantine(config_file: ConfigOption = None) -> None:
 @app.command()
 def verify(config_file: ConfigOption = None) -> None:
     """Re-read every object: digests against the index, both directions, and the audit chain."""
-    from dicom_node import node
+    from dicom_node import storehouse
 
-    with faults_as_sentences(), node.storage(_settings(config_file)) as parts:
-        with _progress("verifying") as progress:
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        with progress_bar("verifying") as progress:
             report = parts.archive.verify(progress=progress)
         for line in report.lines():
             typer.echo(line)
@@ -262,47 +210,6 @@ def verify(config_file: ConfigOption = None) -> None:
             raise fail(
                 "the archive is not intact; the lines above name each object. Keep the data, restore the objects from a copy, verify again"
             )
-
-
-@keys_app.command("init")
-def keys_init(config_file: ConfigOption = None) -> None:
-    """Make the key ring with a first key."""
-    from dicom_node.node import database_file
-    from storage.envelope import FileKeyring
-
-    with faults_as_sentences():
-        settings = _settings(config_file)
-        path = settings.ring_file
-        if database_file(settings).exists():
-            raise fail(
-                f"{database_file(settings)} was made with another ring: put the copy of that ring to {path}; a new one opens nothing"
-            )
-        ring = FileKeyring.create(path)
-        typer.echo(f"{path}: made, key {ring.primary_key_id}. Keep a copy in a safe place: without it nothing stored here can be read.")
-
-
-@keys_app.command("add")
-def keys_add(config_file: ConfigOption = None) -> None:
-    """Add a key; new objects are sealed with it, older ones stay readable with theirs."""
-    from storage.envelope import FileKeyring
-
-    with faults_as_sentences():
-        path = _settings(config_file).ring_file
-        key_id = FileKeyring.add(path)
-        typer.echo(f"{path}: key {key_id} added and primary after the node's next start. Renew the copy in the safe place.")
-
-
-@keys_app.command("list")
-def keys_list(config_file: ConfigOption = None) -> None:
-    """List the keys of the ring (never the keys themselves)."""
-    from storage.envelope import FileKeyring
-
-    with faults_as_sentences():
-        table = Table("key", "made", "use")
-        for key in FileKeyring.load(_settings(config_file).ring_file).keys():  # noqa: SIM118 - a list of what may be shown
-            use = "primary: new objects, once the node has seen it" if key.primary else "older objects"
-            table.add_row(key.key_id, key.created_at.isoformat(timespec="seconds"), use)
-        out.print(table)
 
 
 def main() -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 
+_LISTS = frozenset({"peers", "routes", "webhooks"})
 ENVIRONMENT_PREFIX = "DICOM_NODE_"
 ALIASES: Mapping[str, tuple[str, str]] = {"DICOM_AET": ("dimse", "ae_title"), "DICOM_PORT": ("dimse", "port")}
 
@@ -80,6 +83,7 @@ class DicomwebSection(Section):
         default=False, description="true: a proxy that terminates TLS and authenticates stands in front; its X-Forwarded-* are believed."
     )
     cors_origins: tuple[str, ...] = Field((), description="Origins of browsers' viewers that may call us; empty: none.")
+    changefeed: bool = Field(default=True, description="Serve the change feed at {base_path}/changefeed.")
     threads: int = Field(8, ge=1, le=64, description="Requests that touch the archive at once.")
 
 
@@ -97,17 +101,40 @@ class ArchiveSection(Section):
     store: Literal["directory", "s3"] = Field("directory", description="Local folder, or an S3 bucket.")
     acknowledge: Literal["land", "archive"] = Field(
         "land",
-        description="Success after: land = flushed on this node's disk; archive = in the store, digest confirmed. s3 needs archive.",
+        description="Success after: land = flushed on this node's disk, which must be durable; archive = in the store, digest confirmed. "
+        "A peer may have its own. With a directory both are the same.",
     )
     on_conflict: Literal["quarantine", "refuse"] = Field(
         "quarantine",
         description="Same SOP Instance UID, other content: the first stays; the second is put aside, or dropped. Its sender is refused.",
     )
     min_free_bytes: int = Field(512 * 1024**2, ge=0, description="Below this much free disk, instances are refused as out of resources.")
+    max_bytes_in_flight: int = Field(
+        8 * 1024**3, ge=0, description="Bytes a process has received and not committed yet, above which it refuses more; 0: no limit."
+    )
+    cache_bytes: int = Field(
+        4 * 1024**3, ge=0, description="s3: disk for encrypted copies of what is read or was just brought; 0: none are kept."
+    )
+    movers: int = Field(4, ge=1, le=64, description="s3, land: objects brought into the bucket at the same time.")
+    mover_bytes_per_s: int = Field(0, ge=0, description="s3, land: bandwidth towards the bucket; 0: as fast as it goes.")
     bucket: str = Field("", description="s3: the bucket, made beforehand.")
     prefix: str = Field("", description="s3: put before every object key.")
     endpoint_url: str = Field("", description="s3: for stores other than AWS.")
     region: str = Field("", description="s3: region name; empty: the standard chain decides.")
+    addressing_style: Literal["auto", "path", "virtual"] = Field("auto", description="s3: the bucket in the path or in the host name.")
+    ca_file: Path | None = Field(None, description="s3: certificates of the authority of an endpoint of one's own (PEM).")
+    server_side_encryption: Literal["", "AES256", "aws:kms"] = Field(
+        "", description="s3: asked of the bucket for every object, on top of our own encryption; empty: the bucket's setting."
+    )
+    kms_key_id: str = Field("", description="s3: key for aws:kms; empty: the account's default.")
+    storage_class: str = Field("", description="s3: for example STANDARD_IA or INTELLIGENT_TIERING; empty: the bucket's default.")
+    tags: tuple[str, ...] = Field((), description="s3: name=value, put on every object for lifecycle rules.")
+    restore_tier: Literal["Standard", "Bulk", "Expedited"] = Field(
+        "Standard", description="s3: how cold objects are restored when asked for."
+    )
+    restore_days: int = Field(7, ge=1, description="s3: for how long a restored copy stays.")
+    attempts: int = Field(6, ge=1, le=20, description="s3: tries of one request.")
+    deadline_s: float = Field(120.0, ge=1, description="s3: longest time for one object, beyond the time its bytes take.")
 
 
 class LimitsSection(Section):
@@ -124,25 +151,51 @@ class LimitsSection(Section):
 
 
 class KeysSection(Section):
-    """The key-encryption keys."""
+    """The wrapping keys: a ring of keys in a file, or of keys that never leave AWS KMS."""
 
-    ring: Literal["file"] = Field("file", description="Where key-encryption keys live.")
+    ring: Literal["file", "kms"] = Field(
+        "file", description="What kind of key a new ring gets: one kept in the ring file, or one of AWS KMS."
+    )
     file: Path | None = Field(
         None, description="The ring file; empty: keys/ring.json in data_dir. Keep a copy elsewhere: without it nothing can be read."
     )
+    kms_key_id: str = Field("", description="kms: key id, ARN or alias of the key of a new ring.")
+    kms_region: str = Field("", description="kms: region; empty: the standard chain decides.")
+    kms_endpoint_url: str = Field("", description="kms: for services other than AWS.")
+    cache_s: float = Field(
+        60.0,
+        ge=0,
+        description="Seconds an opened study key is used without asking again: how long an erased key may work elsewhere, "
+        "and how long work goes on without KMS.",
+    )
+    cache_keys: int = Field(10_000, ge=1, description="Most opened study keys a process remembers.")
 
 
 class DatabaseSection(Section):
     """Index, queue and audit trail."""
 
-    url: str = Field("", description="Empty: the embedded encrypted database in data_dir.")
+    url: str = Field(
+        "",
+        description="Empty: the embedded encrypted database in data_dir. Several nodes share "
+        "postgresql://user@host/name?sslmode=verify-full; its password comes from DICOM_NODE_DATABASE__PASSWORD(_FILE).",
+    )
+    password: SecretStr = Field(SecretStr(""), description="Of the PostgreSQL user; give it by environment or file.")
 
     @field_validator("url")
     @classmethod
-    def _embedded_only(cls, value: str) -> str:
-        if value:
-            raise ValueError("only the embedded database is supported in this release; leave it empty")
+    def _known_engine(cls, value: str) -> str:
+        if value and not value.startswith(("postgresql://", "postgresql+psycopg://")):
+            raise ValueError("use postgresql://user@host/name, or leave it empty for the embedded database")
         return value
+
+
+class CareSection(Section):
+    """What the node does by itself over time."""
+
+    scrub_days: float = Field(30.0, ge=0, description="Every object is read again and compared once in so many days; 0: never.")
+    scrub_bytes_per_s: int = Field(20 * 1024**2, ge=0, description="How fast the scrub reads; 0: as fast as it goes.")
+    orphan_grace_hours: float = Field(24.0, ge=1, description="Age at which an object without a row is adopted or removed.")
+    retention_days: float = Field(0.0, ge=0, description="Studies whose newest instance came longer ago are erased; 0: never.")
 
 
 class InferenceSection(Section):
@@ -195,6 +248,7 @@ class PeerSection(Section):
     port: Port = Field(0, description="Its port; 0: it is never called.")
     accept: bool = Field(default=True, description="It may store here.")
     deliver: tuple[ReportKind, ...] = Field(("sr", "seg"), description="What it is sent of our results.")
+    acknowledge: Literal["", "land", "archive"] = Field("", description="What Success means for it; empty: as [archive].")
 
 
 class RouteSection(Section):
@@ -203,6 +257,18 @@ class RouteSection(Section):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
     from_: str = Field("*", alias="from", description="Name of the sending peer; dicomweb for the HTTP door; * for any.")
     to: tuple[str, ...] = Field(description="Names of peers.")
+
+
+class WebhookSection(Section):
+    """One subscriber of the change feed."""
+
+    name: Name = Field(description="How logs and the cursor call it; a new name starts with what happens from now on.")
+    url: str = Field(pattern=r"^https?://\S+$", description="Where changes are posted; https unless it is this machine.")
+    secrets: tuple[SecretStr, ...] = Field(
+        description="Of the signature (HMAC-SHA256), at least 16 characters each; two while one is being changed."
+    )
+    kinds: tuple[str, ...] = Field((), description="Changes wanted, as docs/changefeed.md names them; empty: all.")
+    ca_file: Path | None = Field(None, description="Certificates of the authority of the receiver (PEM).")
 
 
 class Settings(Section):
@@ -216,12 +282,14 @@ class Settings(Section):
     limits: LimitsSection = LimitsSection()
     keys: KeysSection = KeysSection()
     database: DatabaseSection = DatabaseSection()
+    care: CareSection = CareSection()
     inference: InferenceSection = InferenceSection()
     reports: ReportsSection = ReportsSection()
     delivery: DeliverySection = DeliverySection()
     logging: LoggingSection = LoggingSection()
     peers: tuple[PeerSection, ...] = ()
     routes: tuple[RouteSection, ...] = ()
+    webhooks: tuple[WebhookSection, ...] = ()
 
     @model_validator(mode="after")
     def _coherent(self) -> Settings:
@@ -275,13 +343,23 @@ def _incoherences(settings: Settings) -> list[str]:
                 faults.append(f"routes.{index}.to: no peer is called {target!r}; known: {', '.join(names) or 'none'}")
             elif peer.host == "*" or not peer.port:
                 faults.append(f"routes.{index}.to: peer {target!r} has no host and port to deliver to; add both")
-    if settings.archive.store == "s3":
-        if not settings.archive.bucket:
-            faults.append('archive.bucket: store = "s3" needs the name of a bucket')
-        if settings.archive.acknowledge != "archive":
-            faults.append(
-                'archive.acknowledge: store = "s3" needs acknowledge = "archive" in this release: Success means the object is in the bucket'
-            )
+    if settings.archive.store == "s3" and not settings.archive.bucket:
+        faults.append('archive.bucket: store = "s3" needs the name of a bucket')
+    faults += [f"archive.tags: {tag!r} is not name=value" for tag in settings.archive.tags if not re.fullmatch(r"[^=]+=[^=]*", tag)]
+    if settings.keys.ring == "kms" and not settings.keys.kms_key_id:
+        faults.append('keys.kms_key_id: ring = "kms" needs the id, ARN or alias of a key')
+    if settings.database.url and settings.archive.store != "s3":
+        faults.append(
+            'archive.store: with a PostgreSQL database several nodes share the objects too: use store = "s3", or leave database.url empty'
+        )
+    hooks = [hook.name for hook in settings.webhooks]
+    for name in sorted({name for name in hooks if hooks.count(name) > 1}):
+        faults.append(f"webhooks: the name {name!r} stands twice; give each subscriber a name of its own")
+    for index, hook in enumerate(settings.webhooks):
+        if not hook.secrets or any(len(secret.get_secret_value()) < 16 for secret in hook.secrets):
+            faults.append(f"webhooks.{index}.secrets: give one or two secrets of at least 16 characters")
+        if hook.url.startswith("http://") and not is_loopback(urlsplit(hook.url).hostname or ""):
+            faults.append(f"webhooks.{index}.url: what is not this machine needs https")
     return faults
 
 
@@ -290,10 +368,10 @@ def _environment_overrides(environ: Mapping[str, str], faults: list[str]) -> dic
 
     def put(section: str, key: str, value: str, source: str) -> None:
         model = Settings.model_fields.get(section)
-        if model is None or section in {"peers", "routes"}:
+        if model is None or section in _LISTS:
             faults.append(
                 f"{source}: no section {section!r}; sections that the environment can set: "
-                + ", ".join(name for name in Settings.model_fields if name not in {"peers", "routes"})
+                + ", ".join(name for name in Settings.model_fields if name not in _LISTS)
             )
             return
         known = model.annotation.model_fields if model.annotation is not None else {}
@@ -312,11 +390,7 @@ def _environment_overrides(environ: Mapping[str, str], faults: list[str]) -> dic
         section, _, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
         value = environ[name]
         model = Settings.model_fields.get(section)
-        known = (
-            model.annotation.model_fields
-            if model is not None and model.annotation is not None and section not in {"peers", "routes"}
-            else {}
-        )
+        known = model.annotation.model_fields if model is not None and model.annotation is not None and section not in _LISTS else {}
         if key.endswith("_file") and key not in known:
             key = key.removesuffix("_file")
             try:
@@ -385,6 +459,8 @@ def _plain(fault: Mapping[str, Any]) -> str:
 def _default_of(value: Any) -> str:
     if value is None:
         return '""'
+    if isinstance(value, SecretStr):
+        return '""'
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -398,7 +474,7 @@ def _sections() -> list[tuple[str, type[Section], bool]]:
     listed: list[tuple[str, type[Section], bool]] = [
         (name, type(field.default), False) for name, field in Settings.model_fields.items() if isinstance(field.default, Section)
     ]
-    return [*listed, ("peers", PeerSection, True), ("routes", RouteSection, True)]
+    return [*listed, ("peers", PeerSection, True), ("routes", RouteSection, True), ("webhooks", WebhookSection, True)]
 
 
 def example_toml() -> str:
@@ -424,6 +500,7 @@ def example_toml() -> str:
 _EXAMPLES: Mapping[str, Mapping[str, str]] = {
     "peers": {"name": '"pacs"', "ae_title": '"PACS"', "host": '"192.0.2.10"', "port": "104"},
     "routes": {"to": '["pacs"]'},
+    "webhooks": {"name": '"ris"', "url": '"https://ris.example/hook"', "secrets": '["a secret of 16 characters or more"]'},
 }
 
 

@@ -25,7 +25,6 @@ from storage.leases import Leases
 from storage.records import Job, JobKind, JobState, Summary
 
 if TYPE_CHECKING:
-
     from dicom_node.peers import Peer, Peers
     from storage.archive import Archive, StoredInstance
     from storage.work import WorkQueue

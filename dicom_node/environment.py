@@ -65,21 +65,23 @@ def _space(settings: Settings) -> Finding:
 
 
 def _keys(settings: Settings) -> Finding:
-    from dicom_node.node import database_file  # what is not looked at is not loaded
-    from storage.database import Database
-    from storage.envelope import FileKeyring
+    from dicom_node.storehouse import database_file, open_database  # what is not looked at is not loaded
+    from storage.keys import Ring
 
     path = settings.ring_file
     if not path.exists():
         if database_file(settings).exists():
             text = f"{path} is missing although data exists; put the ring's copy back: without it nothing can be read"
             return Finding("keys", passed=False, text=text)
+        if settings.database.url:
+            text = f"{path} is missing; make it once with `dicom-node keys init`, and give every node that shares the database a copy"
+            return Finding("keys", passed=False, text=text)
         return Finding("keys", passed=True, text=f"{path} will be made at the first start; keep a copy of it elsewhere")
     try:
-        ring = FileKeyring.load(path)
-        if not database_file(settings).exists():
+        ring = Ring.load(path)
+        if not settings.database.url and not database_file(settings).exists():
             return Finding("keys", passed=True, text=f"{path} is readable for us alone")
-        database = Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())
+        database = open_database(settings, ring)
         try:
             with database.read():
                 pass
@@ -124,7 +126,7 @@ def _running(lock: Path) -> str:
 
 
 def _store(settings: Settings) -> Finding:
-    from dicom_node.node import object_store
+    from dicom_node.storehouse import object_store
 
     try:
         object_store(settings).check()

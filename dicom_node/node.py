@@ -10,9 +10,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,28 +23,20 @@ from dicom_node.config import Settings
 from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
+from dicom_node.storehouse import Storehouse, database_file, folder, open_database, storage, wrapping_key
 from dicom_node.supervisor import Supervisor, give_signs_of_life, stop_on_signals, stop_with_parent
-from inference.pipeline import analysable
-from storage.archive import Archive
-from storage.audit import AuditTrail
-from storage.database import Database
-from storage.envelope import FileKeyring
-from storage.errors import StorageError, Unavailable
+from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
-from storage.index import Index
-from storage.objects import DirectoryStore, ObjectStore
-from storage.records import AuditEvent, Job, JobKind, Limits, NewJob, Origin, Summary
-from storage.work import DEFAULT_ATTEMPTS, WorkQueue, growing_delay
+from storage.keys import Ring
+from storage.nodes import SEEN_EVERY_S
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
     from inference.bundle import ModelBundle
     from inference.report import NodeIdentity
 
 log = structlog.get_logger()
 
-ROLES = ("dimse", "web", "worker", "courier")
+ROLES = ("dimse", "web", "worker", "courier", "mover")
 PORT_WAIT_S = 15.0
 """How long a start waits for ports that the children of a killed node are still giving back."""
 
@@ -56,47 +47,6 @@ class StartError(Exception):
     def __init__(self, *faults: str) -> None:
         super().__init__("\n".join(faults))
         self.faults = faults
-
-
-@dataclass(frozen=True, slots=True)
-class StorageParts:
-    """What lies in the storage package, made for one process."""
-
-    archive: Archive
-    index: Index
-    queue: WorkQueue
-    audit: AuditTrail
-    database: Database
-    keyring: FileKeyring
-
-
-# --- making the parts ------------------------------------------------------------------------------------------------
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
-
-
-def database_file(settings: Settings) -> Path:
-    """Where the embedded database lies."""
-    return settings.node.data_dir.resolve() / "index.db"
-
-
-def object_store(settings: Settings) -> ObjectStore:
-    """Make the store that the configuration names."""
-    reach = failpoint_from_environment(os.environ)
-    if settings.archive.store == "s3":
-        from storage.s3 import S3Store
-
-        return S3Store(
-            bucket=settings.archive.bucket,
-            prefix=settings.archive.prefix,
-            endpoint_url=settings.archive.endpoint_url or None,
-            region=settings.archive.region or None,
-            reach=reach,
-        )
-    return DirectoryStore(_folder(settings.node.data_dir / "objects"), reach=reach)
 
 
 def model_bundles(settings: Settings) -> tuple[ModelBundle, ...]:
@@ -112,67 +62,6 @@ def model_bundles(settings: Settings) -> tuple[ModelBundle, ...]:
     return load_bundles(settings.inference.bundles)
 
 
-@contextmanager
-def storage(settings: Settings) -> Iterator[StorageParts]:
-    """Open the archive of ``settings`` for one process.
-
-    Raises
-    ------
-    storage.errors.Unavailable
-        There is none yet, or it cannot be opened; the message says what to do.
-    """
-    if not database_file(settings).exists():
-        raise Unavailable(
-            f"there is no archive in {settings.node.data_dir.resolve()} yet; start the node once, or name its configuration with --config"
-        )
-    ring = FileKeyring.load(settings.ring_file)
-    database = Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())
-    try:
-        index = Index(database=database)
-        audit = AuditTrail(database=database)
-        attempts = {**DEFAULT_ATTEMPTS, JobKind.DELIVER: settings.delivery.attempts}
-        queue = WorkQueue(
-            database=database,
-            lease_s=settings.node.lease_s,
-            attempts=attempts,
-            delay=partial(growing_delay, first_s=settings.delivery.first_delay_s, longest_s=settings.delivery.longest_delay_s),
-            exhausted=partial(_record_exhausted, audit),
-        )
-
-        def jobs_for(summary: Summary, _origin: Origin) -> Sequence[NewJob]:
-            wanted = settings.inference.enabled and analysable(summary)
-            return (NewJob(JobKind.ANALYSE, summary.sop_instance_uid),) if wanted else ()
-
-        archive = Archive(
-            database=database,
-            index=index,
-            queue=queue,
-            audit=audit,
-            store=object_store(settings),
-            keyring=ring,
-            landing=_folder(settings.node.data_dir / "landing"),
-            limits=Limits(
-                object_bytes=settings.limits.object_bytes,
-                depth=settings.limits.depth,
-                elements=settings.limits.elements,
-                inflate_ratio=settings.limits.inflate_ratio,
-                inflate_bytes=settings.limits.inflate_bytes,
-            ),
-            jobs_for=jobs_for,
-            pixels_equal=_pixels_equal,
-            on_conflict=settings.archive.on_conflict,
-            accept_sop_class=partial(_accepts, unknown=settings.dimse.unknown_sop_classes),
-            min_free_bytes=settings.archive.min_free_bytes,
-            reach=failpoint_from_environment(os.environ),
-        )
-        try:
-            yield StorageParts(archive, index, queue, audit, database, ring)
-        finally:
-            archive.close()
-    finally:
-        database.close()
-
-
 def peers_of(settings: Settings) -> Peers:
     """Make the peers of the configuration."""
     return Peers([
@@ -181,39 +70,60 @@ def peers_of(settings: Settings) -> Peers:
     ])  # fmt: skip
 
 
-def _record_exhausted(audit: AuditTrail, connection: Connection, job: Job, reason: str) -> None:
-    """Write into the audit trail, and the log, that a job is dead whose workers died before they could say so themselves."""
-    action = "analysis.refused" if job.kind is JobKind.ANALYSE else "delivery.given_up"
-    detail = {"job": job.id, "attempts": job.attempts, "lane": job.lane}
-    audit.append(connection, AuditEvent(action=action, outcome=reason, actor="node", subject=job.sop_instance_uid, detail=detail))
-    log.error("job.dead", job=job.id, kind=str(job.kind), reason=reason)
-
-
-# Every process of the node imports this file; what only some of them need, or only at times, is imported where it is used, since a
-# codec or a network library costs more than the rest of a start.
-
-
-def _pixels_equal(first: bytes, second: bytes) -> bool:
-    from inference.pixels import pixels_equal
-
-    return pixels_equal(first, second)
-
-
-def _accepts(sop_class_uid: str, *, unknown: bool) -> bool:
-    from dicom_node.dimse.scp import is_storage
-
-    return is_storage(sop_class_uid, unknown=unknown)
-
-
 def _ensure_keys(settings: Settings) -> None:
     path = settings.ring_file
     if path.exists():
         return
     if database_file(settings).exists() or any((settings.node.data_dir / "objects").glob("*/*")):
         raise StartError(f"the key ring {path} is missing although data exists; put its copy back: without it nothing stored can be read")
-    _folder(path.parent)
-    FileKeyring.create(path)
+    if settings.database.url:
+        raise StartError(
+            f"the key ring {path} is missing: make it once with `dicom-node keys init`, and give every node that shares the database a copy"
+        )
+    folder(path.parent)
+    Ring.create(path, wrapping_key(settings))
     log.warning("keys.made", file=str(path), advice="keep a copy elsewhere: without it nothing stored here can be read")
+
+
+def _prepare(settings: Settings) -> None:
+    """Bring keys and database schema to where this program needs them; safe beside other nodes that do the same."""
+    _ensure_keys(settings)
+    database = open_database(settings, Ring.load(settings.ring_file))
+    try:
+        database.migrate()
+    finally:
+        database.close()
+
+
+@contextmanager
+def _present(settings: Settings, parts: Storehouse) -> Iterator[None]:
+    """Be in the register of nodes, and say from time to time that this one lives."""
+    unknown = sorted(key_id for key_id in parts.study_keys.counts() if not parts.ring.holds(key_id))
+    if unknown:
+        raise StartError(
+            f"{settings.ring_file}: the database was written with another ring (keys {', '.join(unknown)} are missing here); "
+            "copy the ring of the nodes that share it, then start again"
+        )
+    where = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve())}
+    parts.nodes.enter(node_id=parts.node_id, version=version("dicom-node"), **where)
+    gone = threading.Event()
+
+    def say() -> None:
+        while not gone.wait(SEEN_EVERY_S):
+            try:
+                parts.nodes.seen(parts.node_id)
+            except StorageError as error:
+                log.warning("node.unseen", reason=str(error))
+
+    thread = threading.Thread(target=say, name="presence", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        gone.set()
+        thread.join()
+        with suppress(StorageError):  # the others notice within a minute
+            parts.nodes.leave(parts.node_id)
 
 
 # --- the whole node --------------------------------------------------------------------------------------------------
@@ -229,23 +139,13 @@ def serve(settings: Settings, config_file: Path | None) -> None:
     """
     stop = stop_on_signals()
     data_dir = settings.node.data_dir
-    try:
-        _folder(data_dir)
-        lock = _lock(_folder(data_dir / "run") / "node.lock")
-    except OSError as error:
-        raise StartError(f"node.data_dir: {data_dir} cannot be used ({error.strerror}); name a folder this user may write") from error
+    lock = _own(settings)
     configure_logging(form=settings.logging.format, level=settings.logging.level, role="node")
     try:
         prepare_metrics(data_dir / "run" / "metrics")  # behind the lock: the counters of a node that runs are not ours to empty
-        _ensure_keys(settings)
-        ring = FileKeyring.load(settings.ring_file)
-        database = Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())
-        try:
-            database.migrate()
-        finally:
-            database.close()
+        _prepare(settings)
         _await_ports(settings, stop)
-        with storage(settings) as parts:
+        with storage(settings) as parts, _present(settings, parts):
             removed = parts.archive.sweep()
             log.info("node.starting", version=version("dicom-node"), data_dir=str(data_dir.resolve()), swept=removed)
             _supervise(settings, config_file, parts, stop)
@@ -255,10 +155,29 @@ def serve(settings: Settings, config_file: Path | None) -> None:
         os.close(lock)
 
 
-def _lock(path: Path) -> int:
+def _own(settings: Settings) -> int:
+    """Lock the data folder for this node alone."""
+    return _lockedfolder(settings, fcntl.LOCK_EX)
+
+
+def _share(settings: Settings) -> int:
+    """Lock the data folder for the roles of one node that run each by itself."""
+    return _lockedfolder(settings, fcntl.LOCK_SH)
+
+
+def _lockedfolder(settings: Settings, kind: int) -> int:
+    data_dir = settings.node.data_dir
+    try:
+        folder(data_dir)
+        return _lock(folder(data_dir / "run") / "node.lock", kind)
+    except OSError as error:
+        raise StartError(f"node.data_dir: {data_dir} cannot be used ({error.strerror}); name a folder this user may write") from error
+
+
+def _lock(path: Path, kind: int) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
         os.close(descriptor)
@@ -280,6 +199,7 @@ def _roles(settings: Settings) -> list[str]:
         roles += ["worker"] * settings.inference.workers
     if settings.delivery.enabled:
         roles.append("courier")
+    roles.append("mover")
     return roles
 
 
@@ -307,7 +227,7 @@ def _taken(settings: Settings) -> list[str]:
     return faults
 
 
-def _supervise(settings: Settings, config_file: Path | None, parts: StorageParts, stop: threading.Event) -> None:
+def _supervise(settings: Settings, config_file: Path | None, parts: Storehouse, stop: threading.Event) -> None:
     supervisor = Supervisor(roles=_roles(settings), config=config_file, on_exit=forget_process, silence_s=settings.node.silence_s)
     admin = None
     if settings.admin.enabled:
@@ -328,7 +248,7 @@ def _supervise(settings: Settings, config_file: Path | None, parts: StorageParts
         log.info("node.stopped")
 
 
-def _not_ready(supervisor: Supervisor, parts: StorageParts) -> list[str]:
+def _not_ready(supervisor: Supervisor, parts: Storehouse) -> list[str]:
     faults = [f"process {name} is {state}" for name, state in supervisor.states().items() if state != "ready"]
     try:
         parts.archive.check()
@@ -337,7 +257,7 @@ def _not_ready(supervisor: Supervisor, parts: StorageParts) -> list[str]:
     return faults
 
 
-def _gauges(settings: Settings, supervisor: Supervisor, parts: StorageParts) -> Iterator[tuple[str, str, dict[str, str], float]]:
+def _gauges(settings: Settings, supervisor: Supervisor, parts: Storehouse) -> Iterator[tuple[str, str, dict[str, str], float]]:
     for name, state in supervisor.states().items():
         yield "dicom_node_process_ready", "1 when the process runs and is ready.", {"process": name}, float(state == "ready")
     yield "dicom_node_free_bytes", "Free space of the data folder.", {}, float(shutil.disk_usage(settings.node.data_dir).free)
@@ -385,13 +305,22 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
     if role not in ROLES:
         raise StartError(f"--role {role}: use one of {', '.join(ROLES)}")
     stop = stop_on_signals()
-    if lifeline >= 0:
+    alone = lifeline < 0
+    if not alone:
         stop_with_parent(lifeline, stop)
     configure_logging(form=settings.logging.format, level=settings.logging.level, role=role)
 
-    run: Callable[..., None] = {"dimse": _dimse, "web": _web, "worker": _worker, "courier": _courier}[role]
-    try:
-        with storage(settings) as parts:
+    run: Callable[..., None] = {"dimse": _dimse, "web": _web, "worker": _worker, "courier": _courier, "mover": _mover}[role]
+    with ExitStack() as stack:
+        if alone:
+            stack.callback(os.close, _share(settings))
+        try:
+            if alone:
+                _prepare(settings)
+            parts = stack.enter_context(storage(settings))
+            if alone:
+                stack.enter_context(_present(settings, parts))
+                parts.archive.sweep()
 
             def ready() -> None:
                 log.debug("process.ready")
@@ -399,13 +328,13 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
                     give_signs_of_life(status, stop, parts.archive.check)
 
             run(settings, parts, Metrics(), stop, ready)
-    except StorageError as error:
-        raise StartError(str(error)) from error
-    except OSError as error:
-        raise StartError(f"{role}: {error.strerror or error}; check host and port of its section") from error
+        except StorageError as error:
+            raise StartError(str(error)) from error
+        except OSError as error:
+            raise StartError(f"{role}: {error.strerror or error}; check host and port of its section") from error
 
 
-def _dimse(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+def _dimse(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
     from dicom_node.dimse.receive import ReceiveLimits
     from dicom_node.dimse.scp import StorageSCP
 
@@ -446,7 +375,7 @@ def _trusts_callers(settings: Settings) -> bool:
     return settings.dimse.accept_unknown_peers == "loopback" and is_loopback(settings.dimse.host)
 
 
-def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+def _web(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
     from dicomweb.app import make_app  # only this role needs it
     from dicomweb.context import WebLimits
     from dicomweb.multipart import MultipartLimits
@@ -475,7 +404,7 @@ def _web(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thread
     asyncio.run(run())
 
 
-def _worker(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
     from inference.errors import InferenceError  # torch loads in workers alone
     from inference.pipeline import Pipeline
     from inference.report import CodingSchemes, build_reports
@@ -516,7 +445,7 @@ def _worker(settings: Settings, parts: StorageParts, metrics: Metrics, stop: thr
     worker.run(stop)
 
 
-def _courier(settings: Settings, parts: StorageParts, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+def _courier(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
     from dicom_node.courier import Courier
     from dicom_node.dimse.scu import StorageSCU
 
@@ -539,12 +468,34 @@ def _courier(settings: Settings, parts: StorageParts, metrics: Metrics, stop: th
     courier.run(stop)
 
 
-def node_identity(parts: StorageParts) -> tuple[NodeIdentity, str]:
+def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+    from storage.mover import Mover
+
+    def observe(event: str, **labels: Any) -> None:
+        metrics.moved(event.rpartition(".")[2], labels.get("byte_count", 0))
+        if "seconds" in labels:
+            metrics.seconds("archive", labels["seconds"])
+
+    mover = Mover(
+        archive=parts.archive,
+        queue=parts.queue,
+        at_once=settings.archive.movers,
+        bytes_per_s=settings.archive.mover_bytes_per_s,
+        heartbeat_s=settings.node.lease_s / 3,
+        wait=parts.database.changed,
+        reach=failpoint_from_environment(os.environ),
+        observe=observe,
+    )
+    ready()
+    mover.run(stop)
+
+
+def node_identity(parts: Storehouse) -> tuple[NodeIdentity, str]:
     """Return who we are in reports: the equipment, and the Device Observer UID, both stable for an installation (its key ring)."""
     from inference.report import NodeIdentity
     from inference.report.identity import derived_uid
 
-    secret = parts.keyring.derive("installation").hex()
+    secret = parts.ring.derive("installation").hex()
     uid = derived_uid("installation", secret)
     return NodeIdentity("dicom-node", "dicom-node", version("dicom-node"), uid[-16:]), uid
 

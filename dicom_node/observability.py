@@ -116,6 +116,8 @@ class Metrics:
         self._deliveries = Counter(
             "dicom_node_deliveries", "Deliveries of reports by peer and outcome.", ["peer", "outcome"], registry=registry
         )
+        self._moved = Counter("dicom_node_moved", "Objects brought into the store, or not, by outcome.", ["outcome"], registry=registry)
+        self._moved_bytes = Counter("dicom_node_moved_bytes", "Bytes brought into the store.", registry=registry)
         self._seconds = Histogram(
             "dicom_node_step_seconds", "Duration of the steps.", ["step"], registry=registry,
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
@@ -143,6 +145,11 @@ class Metrics:
     def delivery(self, *, peer: str, outcome: str) -> None:
         """A report was delivered, refused, or could not be sent."""
         self._deliveries.labels(peer, outcome).inc()
+
+    def moved(self, outcome: str, byte_count: int = 0) -> None:
+        """Count an object that the Mover brought into the store, or failed to."""
+        self._moved.labels(outcome).inc()
+        self._moved_bytes.inc(byte_count)
 
     def seconds(self, step: str, value: float) -> None:
         """A step took this long."""

@@ -21,9 +21,10 @@ from storage.archive import Archive
 from storage.audit import AuditTrail
 from storage.database import Database
 from storage.index import Index
-from storage.keys import FileKeyring
+from storage.keys import Ring
 from storage.objects import DirectoryStore
 from storage.records import Limits, NewJob, Origin, Query, Summary
+from storage.study_keys import StudyKeys
 from storage.work import WorkQueue
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -55,8 +56,8 @@ def open_rooms(
     folder: Path, *, limits: Limits | None = None, jobs: Sequence[NewJob] = (), delay_s: float = 0.0, lease_s: float = 60.0
 ) -> Rooms:
     """Make an archive in `folder`, with the embedded database and directory store."""
-    keyring = FileKeyring.create(folder / "keys")
-    database = Database(url=f"sqlite:///{folder}/index.db", key=keyring.database_key())
+    ring = Ring.create(folder / "keys")
+    database = Database(url=f"sqlite:///{folder}/index.db", key=ring.database_key())
     database.migrate()
     index, queue, audit = (
         Index(database=database),
@@ -73,7 +74,7 @@ def open_rooms(
         queue=queue,
         audit=audit,
         store=DirectoryStore(folder / "objects"),
-        keyring=keyring,
+        study_keys=StudyKeys(database=database, ring=ring),
         landing=folder / "landing",
         limits=limits or Limits(),
         jobs_for=jobs_for,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dicom_node import config, node
+from dicom_node import config, node, storehouse
 from dicom_node.node import StartError
 from storage.database import Database
-from storage.envelope import FileKeyring
+from storage.keys import Ring
 from storage.records import JobKind, JobState, NewJob
 
 
@@ -25,10 +25,10 @@ def test_a_job_whose_workers_died_is_in_the_audit_trail(tmp_path: Path) -> None:
     """Three workers die over an instance: none could record it, so the one that finds the job dead does, in the same transaction."""
     settings = settings_of(tmp_path)
     settings.ring_file.parent.mkdir(mode=0o700)
-    database = Database(url=f"sqlite:///{node.database_file(settings)}", key=FileKeyring.create(settings.ring_file).database_key())
+    database = Database(url=f"sqlite:///{storehouse.database_file(settings)}", key=Ring.create(settings.ring_file).database_key())
     database.migrate()
     database.close()
-    with node.storage(settings) as parts:
+    with storehouse.storage(settings) as parts:
         started = datetime.now(UTC)
         parts.database.write(lambda connection: parts.queue.enqueue(connection, NewJob(JobKind.ANALYSE, "2.25.1")))
         for died in range(3):
@@ -50,7 +50,7 @@ def test_a_second_start_leaves_the_counters_alone(tmp_path: Path) -> None:
     counters = tmp_path / "run" / "metrics" / "counter_1.db"
     counters.parent.mkdir(parents=True)
     counters.write_bytes(b"of the first")
-    lock = node._lock(tmp_path / "run" / "node.lock")
+    lock = node._own(settings_of(tmp_path))
     try:
         with pytest.raises(StartError, match="another node"):
             node.serve(settings_of(tmp_path), None)

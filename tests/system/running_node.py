@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dicom_node.config import load
-from dicom_node.node import StorageParts, storage
+from dicom_node.storehouse import Storehouse, storage
 
 START_S = 90.0
 
@@ -133,7 +133,7 @@ class RunningNode:
         return found
 
     @contextmanager
-    def parts(self) -> Iterator[StorageParts]:
+    def parts(self) -> Iterator[Storehouse]:
         """Its archive, opened in this process as its own processes open it."""
         environ = {name: value for name, value in self.environ.items() if name.startswith("DICOM_NODE_")}
         with storage(load(self.config, environ)) as parts:

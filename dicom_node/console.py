@@ -1,0 +1,64 @@
+"""What every command shares: where it writes, how it fails, the --config option, a bar for long work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dicom_node import config
+from dicom_node.config import ConfigurationError, Settings
+from storage.errors import StorageError
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="The configuration file; default: $DICOM_NODE_CONFIG, else the built-in defaults.", show_default=False
+    ),
+]
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def fail(*messages: str) -> typer.Exit:
+    """Say what is wrong and leave with status 1."""
+    for message in messages:
+        err.print(Text("error: ", style="bold red") + Text(message))
+    return typer.Exit(1)
+
+
+@contextmanager
+def faults_as_sentences() -> Iterator[None]:
+    """Turn the errors we know into sentences; what we do not know stays a traceback, since it is a bug."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise fail(*error.faults) from error
+    except StorageError as error:
+        raise fail(str(error)) from error
+    except BrokenPipeError:
+        # The reader of our output went away (`dicom-node trace … | head`).
+        sys.stderr.close()
+        raise typer.Exit(0) from None
+
+
+def settings_of(path: Path | None) -> Settings:
+    """Return the configuration; faults as `config.load`."""
+    return config.load(path)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on a terminal: call it with (done, total)."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,253 @@
+"""Opens the archive of a configuration for one process: keys, database, object store, spool, cache, and what ties them together."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from sqlalchemy import make_url
+
+from inference.pipeline import analysable
+from storage.archive import ENDED_BADLY, Acknowledge, Archive
+from storage.audit import AuditTrail
+from storage.cache import ReadCache
+from storage.database import Database
+from storage.errors import Unavailable
+from storage.failpoints import failpoint_from_environment
+from storage.holds import Holds
+from storage.index import Index
+from storage.keys import Ring
+from storage.nodes import Nodes
+from storage.objects import DirectoryStore, ObjectStore
+from storage.records import AuditEvent, Job, JobKind, Limits, NewJob, Origin, Summary
+from storage.study_keys import StudyKeys
+from storage.work import DEFAULT_ATTEMPTS, WorkQueue, growing_delay
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from dicom_node.config import Settings
+    from storage.keys import WrappingKey
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Storehouse:
+    """What lies in the storage package, made for one process."""
+
+    archive: Archive
+    index: Index
+    queue: WorkQueue
+    audit: AuditTrail
+    database: Database
+    ring: Ring
+    study_keys: StudyKeys
+    store: ObjectStore
+    spool: DirectoryStore | None
+    cache: ReadCache | None
+    nodes: Nodes
+    holds: Holds
+    node_id: str
+
+
+def folder(path: Path) -> Path:
+    """Make a folder that only the node's user may enter, unless it is there."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def database_file(settings: Settings) -> Path:
+    """Where the embedded database lies."""
+    return settings.node.data_dir.resolve() / "index.db"
+
+
+def open_database(settings: Settings, ring: Ring) -> Database:
+    """Open the database that the configuration names; nothing is read yet."""
+    if not settings.database.url:
+        return Database(url=f"sqlite:///{database_file(settings)}", key=ring.database_key())
+    url = make_url(settings.database.url)
+    password = settings.database.password.get_secret_value()
+    if password:
+        url = url.set(password=password)
+    return Database(url=url.render_as_string(hide_password=False), key=None)
+
+
+def object_store(settings: Settings) -> ObjectStore:
+    """Make the store that the configuration names."""
+    reach = failpoint_from_environment(os.environ)
+    archive = settings.archive
+    if archive.store == "s3":
+        from storage.s3 import S3Store  # boto3 loads only where it is used
+
+        return S3Store(
+            bucket=archive.bucket,
+            prefix=archive.prefix,
+            endpoint_url=archive.endpoint_url or None,
+            region=archive.region or None,
+            addressing_style=archive.addressing_style,
+            ca_file=archive.ca_file,
+            server_side_encryption=archive.server_side_encryption,
+            kms_key_id=archive.kms_key_id,
+            storage_class=archive.storage_class,
+            tags=dict(tag.split("=", 1) for tag in archive.tags),
+            restore_tier=archive.restore_tier,
+            restore_days=archive.restore_days,
+            attempts=archive.attempts,
+            deadline_s=archive.deadline_s,
+            reach=reach,
+        )
+    return DirectoryStore(folder(settings.node.data_dir / "objects"), reach=reach)
+
+
+def node_id(settings: Settings) -> str:
+    """Return the identity of this node, made once for its data folder."""
+    path = folder(settings.node.data_dir) / "node_id"
+    if not path.exists():
+        fresh = path.with_name(f".node_id.{secrets.token_hex(8)}")
+        fresh.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
+        try:
+            path.hardlink_to(fresh)  # whoever comes second keeps the first one's
+        except FileExistsError:
+            log.debug("node_id.made_elsewhere")
+        finally:
+            fresh.unlink()
+    return path.read_text(encoding="ascii").strip()
+
+
+def wrapping_key(settings: Settings) -> WrappingKey | None:
+    """Return the key that a new ring gets as the configuration says; None: one of its own in the file."""
+    if settings.keys.ring == "file":
+        return None
+    from storage.kms import KmsKey
+
+    return KmsKey(settings.keys.kms_key_id, region=settings.keys.kms_region, endpoint_url=settings.keys.kms_endpoint_url).resolved()
+
+
+def acknowledging(settings: Settings) -> Callable[[Origin], Acknowledge]:
+    """Return what Success means for a sender: its own policy, else that of the archive."""
+    own = {peer.name: peer.acknowledge for peer in settings.peers if peer.acknowledge}
+    return lambda origin: own.get(origin.peer) or settings.archive.acknowledge
+
+
+@contextmanager
+def storage(settings: Settings) -> Iterator[Storehouse]:
+    """Open the archive of ``settings`` for one process.
+
+    Raises
+    ------
+    storage.errors.Unavailable
+        There is none yet, or it cannot be opened; the message says what to do.
+    """
+    if not settings.database.url and not database_file(settings).exists():
+        raise Unavailable(
+            f"there is no archive in {settings.node.data_dir.resolve()} yet; start the node once, or name its configuration with --config"
+        )
+    ring = Ring.load(settings.ring_file)
+    database = open_database(settings, ring)
+    try:
+        parts = _assembled(settings, ring, database)
+        try:
+            yield parts
+        finally:
+            parts.archive.close()
+    finally:
+        database.close()
+
+
+def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse:
+    reach = failpoint_from_environment(os.environ)
+    data_dir = settings.node.data_dir
+    identity = node_id(settings)
+    index = Index(database=database)
+    audit = AuditTrail(database=database)
+    queue = WorkQueue(
+        database=database,
+        home=identity,
+        lease_s=settings.node.lease_s,
+        attempts={**DEFAULT_ATTEMPTS, JobKind.DELIVER: settings.delivery.attempts},
+        delay=partial(growing_delay, first_s=settings.delivery.first_delay_s, longest_s=settings.delivery.longest_delay_s),
+        exhausted=partial(_record_exhausted, audit),
+    )
+    study_keys = StudyKeys(database=database, ring=ring, cache_s=settings.keys.cache_s, cache_keys=settings.keys.cache_keys, reach=reach)
+    store = object_store(settings)
+    spool = DirectoryStore(folder(data_dir / "landed"), reach=reach) if store.remote else None
+    cache = ReadCache(data_dir / "cache", settings.archive.cache_bytes) if store.remote and settings.archive.cache_bytes else None
+
+    def jobs_for(summary: Summary, _origin: Origin) -> Sequence[NewJob]:
+        wanted = settings.inference.enabled and analysable(summary)
+        return (NewJob(JobKind.ANALYSE, summary.sop_instance_uid),) if wanted else ()
+
+    archive = Archive(
+        database=database,
+        index=index,
+        queue=queue,
+        audit=audit,
+        store=store,
+        study_keys=study_keys,
+        landing=folder(data_dir / "landing"),
+        limits=Limits(
+            object_bytes=settings.limits.object_bytes,
+            depth=settings.limits.depth,
+            elements=settings.limits.elements,
+            inflate_ratio=settings.limits.inflate_ratio,
+            inflate_bytes=settings.limits.inflate_bytes,
+        ),
+        jobs_for=jobs_for,
+        spool=spool,
+        cache=cache,
+        node_id=identity,
+        acknowledge=acknowledging(settings),
+        max_bytes_in_flight=settings.archive.max_bytes_in_flight,
+        pixels_equal=_pixels_equal,
+        on_conflict=settings.archive.on_conflict,
+        accept_sop_class=partial(_accepts, unknown=settings.dimse.unknown_sop_classes),
+        min_free_bytes=settings.archive.min_free_bytes,
+        reach=reach,
+    )
+    return Storehouse(
+        archive=archive,
+        index=index,
+        queue=queue,
+        audit=audit,
+        database=database,
+        ring=ring,
+        study_keys=study_keys,
+        store=store,
+        spool=spool,
+        cache=cache,
+        nodes=Nodes(database=database),
+        holds=Holds(database=database, audit=audit),
+        node_id=identity,
+    )
+
+
+def _record_exhausted(audit: AuditTrail, connection: Connection, job: Job, reason: str) -> None:
+    """Write into the audit trail, and the log, that a job is dead whose workers died before they could say so themselves."""
+    detail: dict[str, Any] = {"job": job.id, "attempts": job.attempts, "lane": job.lane}
+    action = ENDED_BADLY[job.kind]
+    audit.append(connection, AuditEvent(action=action, outcome=reason, actor="node", subject=job.sop_instance_uid, detail=detail))
+    log.error("job.dead", job=job.id, kind=str(job.kind), reason=reason)
+
+
+# Every process of the node imports this file; what only some of them need, or only at times, is imported where it is used, since a
+# codec or a network library costs more than the rest of a start.
+
+
+def _pixels_equal(first: bytes, second: bytes) -> bool:
+    from inference.pixels import pixels_equal
+
+    return pixels_equal(first, second)
+
+
+def _accepts(sop_class_uid: str, *, unknown: bool) -> bool:
+    from dicom_node.dimse.scp import is_storage
+
+    return is_storage(sop_class_uid, unknown=unknown)
