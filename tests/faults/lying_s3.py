@@ -70,6 +70,8 @@ HANG = Fault("hang")
 """No byte of an answer comes, until `LyingS3.heal`, `LyingS3.stop` or the end."""
 LOST_ANSWER = Fault("lost answer")
 """The request is carried out, the connection closed without an answer."""
+HALF_AND_LOST = Fault("half and lost")
+"""A put keeps the first half of the bytes, the connection is closed without an answer."""
 WRONG_ETAG = Fault("wrong etag")
 """The ETag is that of other bytes, as it is with SSE-KMS."""
 RESET = Fault("reset")
@@ -339,6 +341,7 @@ class _Answer(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: _Server
 
     def log_message(self, *args: object) -> None:
@@ -415,12 +418,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
         fault = self._script.name if self._script is not None else ""
-        if fault == "lost answer":
+        if fault in ("lost answer", "half and lost"):
             self._hang_up()
         if fault == "wrong etag" and "ETag" in headers:
             headers = {**headers, "ETag": '"00000000000000000000000000000000"'}
         if fault == "other" and self.command == "GET":
-            content = _other(content)
+            content = _other(content, 2)  # not the lie of a put, which it would make good
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -464,7 +467,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._given.get("content-md5", md5) != md5 or self._given.get("x-amz-checksum-sha256", sha256) != sha256:
             raise _Refusal(400, "BadDigest")
         match self._script.name if self._script is not None else "":
-            case "half":
+            case "half" | "half and lost":
                 return self._body[: len(self._body) // 2]
             case "other":
                 return _other(self._body)
@@ -634,5 +637,5 @@ def _etag(content: bytes) -> str:
     return f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
 
 
-def _other(content: bytes) -> bytes:
-    return bytes(byte ^ 1 for byte in content[:1000]) + content[1000:]
+def _other(content: bytes, bit: int = 1) -> bytes:
+    return bytes(byte ^ bit for byte in content[:1000]) + content[1000:]

@@ -1,4 +1,4 @@
-"""One contract over both object stores, then what is special to each."""
+"""One contract over every object store (the S3 one over three services), then what is special to the directory."""
 
 from __future__ import annotations
 
@@ -7,30 +7,55 @@ import hashlib
 import os
 import secrets
 import stat
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from storage.errors import InstanceNotFound, IntegrityError, Unavailable
-from storage.objects import DirectoryStore, ObjectStore
+from storage.objects import DOCUMENT_BYTES, DirectoryStore, ObjectStore
 from storage.records import SealedObject
 from storage.s3 import S3Store
+from tests.faults.lying_s3 import LyingS3
+from tests.storage.moto_service import moto_server, new_bucket
 
 Landed = Callable[[bytes], tuple[Path, SealedObject]]
 MEBIBYTE = 1 << 20
 
 
-@pytest.fixture(params=["directory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    """Each implementation in turn."""
-    if request.param == "directory":
-        return DirectoryStore(tmp_path / "objects")
-    endpoint, bucket, _ = request.getfixturevalue("s3_bucket")()
-    return S3Store(bucket=bucket, prefix="sealed/", endpoint_url=endpoint, region="us-east-1", attempts=2)
+@pytest.fixture(scope="module")
+def moto_service() -> Iterator[str]:
+    """URL of a moto server."""
+    with moto_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any credentials, for services that compare none."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any-access-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any-secret-key")
+
+
+@pytest.fixture(params=["directory", "rclone", "moto", "moto, versions kept", "lying without a script"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
+    """Each implementation in turn, over each service."""
+    options = {"prefix": "sealed/", "region": "us-east-1", "attempts": 3}
+    match request.param:
+        case "directory":
+            yield DirectoryStore(tmp_path / "objects")
+        case "rclone":
+            endpoint, bucket, _ = request.getfixturevalue("s3_bucket")()
+            yield S3Store(bucket=bucket, endpoint_url=endpoint, **options)
+        case "lying without a script":
+            request.getfixturevalue("credentials")
+            with LyingS3() as s3:
+                yield S3Store(bucket=s3.bucket, endpoint_url=s3.endpoint, **options)
+        case moto:
+            request.getfixturevalue("credentials")
+            endpoint = request.getfixturevalue("moto_service")
+            yield S3Store(bucket=new_bucket(endpoint, versioned="versions" in moto), endpoint_url=endpoint, **options)
 
 
 @pytest.fixture
@@ -88,10 +113,37 @@ def test_ranges(store: ObjectStore, landed: Landed) -> None:
 
 
 def test_absent_object(store: ObjectStore) -> None:
-    """Opening what is not there raises InstanceNotFound; deleting it is no error."""
-    with pytest.raises(InstanceNotFound):
-        store.open("0" * 32)
+    """Opening and asking for what is not there raises InstanceNotFound; deleting it is no error."""
+    for operation in (store.open, store.stat):
+        with pytest.raises(InstanceNotFound):
+            operation("0" * 32)
     store.delete("0" * 32)
+    store.delete("0" * 32, versions=True)
+
+
+def test_stat_tells_the_length(store: ObjectStore, landed: Landed) -> None:
+    """Stat agrees with the listing, and both with what was put."""
+    path, sealed = landed(bytes(4321))
+    store.put(sealed.object_key, path, sealed)
+    info = store.stat(sealed.object_key)
+    assert (info.object_key, info.byte_count, info.cold) == (sealed.object_key, 4321, False)
+    assert abs((datetime.now(UTC) - info.modified_at).total_seconds()) < 3600
+    assert [(info.object_key, info.byte_count) for info in store.list()] == [(sealed.object_key, 4321)]
+
+
+@pytest.mark.parametrize("versions", [False, True])
+def test_deleted_object_is_gone(store: ObjectStore, landed: Landed, versions: bool) -> None:
+    """A deleted object is neither opened nor told of nor listed; its neighbour stays."""
+    path, sealed = landed(b"one")
+    other, other_sealed = landed(b"two")
+    store.put(sealed.object_key, path, sealed, tags={"kind": "image"})
+    store.put(other_sealed.object_key, other, other_sealed)
+    store.delete(sealed.object_key, versions=versions)
+    for operation in (store.open, store.stat):
+        with pytest.raises(InstanceNotFound):
+            operation(sealed.object_key)
+    assert [info.object_key for info in store.list()] == [other_sealed.object_key]
+    assert whole(store, other_sealed.object_key) == b"two"
 
 
 def test_listing_is_complete_and_sorted(store: ObjectStore, landed: Landed) -> None:
@@ -124,6 +176,82 @@ def test_only_opaque_keys(store: ObjectStore, key: str) -> None:
     """A key that is not 32 hexadecimal digits reaches no path and no request."""
     with pytest.raises(ValueError, match="hexadecimal"):
         store.open(key)
+
+
+def test_landing_file_of_other_bytes(store: ObjectStore, landed: Landed) -> None:
+    """A file that is not as long as what was sealed is not stored, and said to be the fault of the disk, not of the store."""
+    path, sealed = landed(b"12345")
+    path.write_bytes(b"1234")
+    with pytest.raises(IntegrityError):
+        store.put(sealed.object_key, path, sealed)
+    assert list(store.list()) == []
+    assert path.exists()
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+def named(number: int, kind: str = "keys") -> str:
+    """Return the name of a document."""
+    digits = hashlib.sha256(str(number).encode()).hexdigest()[:32]
+    return f"{kind}/{digits[:2]}/{digits}"
+
+
+def test_documents(store: ObjectStore) -> None:
+    """A document is written, replaced, read, listed below its kind or folder in rising order, and removed."""
+    names = [named(number) for number in range(12)]
+    for number, name in enumerate(names):
+        store.put_document(name, str(number).encode())
+    store.put_document(named(1, "notes"), b"of another kind")
+    store.put_document(names[3], b"replaced")
+    store.put_document(names[4], b"")
+    assert store.get_document(names[3]) == b"replaced"
+    assert store.get_document(names[4]) == b""
+    assert store.get_document(names[5]) == b"5"
+    store.delete_document(names[7])
+    store.delete_document(names[7])
+    left = sorted(set(names) - {names[7]})
+    assert list(store.list_documents("keys/")) == left
+    assert list(store.list_documents(left[0][:8])) == [name for name in left if name.startswith(left[0][:8])]
+    assert list(store.list_documents("absent/")) == []
+    with pytest.raises(InstanceNotFound):
+        store.get_document(names[7])
+
+
+def test_documents_are_no_objects(store: ObjectStore, landed: Landed) -> None:
+    """The listing of objects does not show documents, and the other way round, even where their folders meet."""
+    path, sealed = landed(b"object")
+    store.put(sealed.object_key, path, sealed)
+    store.put_document(named(1), b"document")
+    store.put_document(named(1, "ab"), b"in a folder of objects")
+    assert [info.object_key for info in store.list()] == [sealed.object_key]
+    assert list(store.list_documents("keys/")) == [named(1)]
+    assert list(store.list_documents("ab/")) == [named(1, "ab")]
+
+
+def test_document_of_the_largest_size(store: ObjectStore) -> None:
+    """64 KiB fit, one byte more is refused before anything is sent."""
+    content = secrets.token_bytes(DOCUMENT_BYTES)
+    store.put_document(named(1), content)
+    assert store.get_document(named(1)) == content
+    with pytest.raises(ValueError, match="at most"):
+        store.put_document(named(2), content + b"x")
+    assert list(store.list_documents("keys/")) == [named(1)]
+
+
+@pytest.mark.parametrize(
+    "name", ["../" + "a" * 32, "keys/aa/" + "a" * 31, "keys/aa/" + "a" * 32 + "\n", "Keys/aa/" + "a" * 32, "a" * 32, "/aa/" + "a" * 32]
+)
+def test_only_names_of_ours(store: ObjectStore, name: str) -> None:
+    """A name that is no document's reaches no path and no request."""
+    for operation in (
+        store.get_document,
+        store.delete_document,
+        lambda name: store.put_document(name, b""),
+        lambda name: list(store.list_documents(name)),
+    ):
+        with pytest.raises(ValueError, match="document"):
+            operation(name)
 
 
 def test_check_passes(store: ObjectStore) -> None:
@@ -168,15 +296,23 @@ def test_directory_refuses_symbolic_links(tmp_path: Path, landed: Landed) -> Non
     assert not list(store.list())[1:]
 
 
-def test_directory_wrong_length(tmp_path: Path, landed: Landed) -> None:
-    """A landing file that is shorter than what was sealed is not stored."""
+def test_directory_documents(tmp_path: Path) -> None:
+    """Documents are 0600 in folders 0700; a symbolic link, a half-written or an oversized one is none."""
     store = DirectoryStore(tmp_path / "objects")
-    path, sealed = landed(b"12345")
-    path.write_bytes(b"1234")
-    with pytest.raises(IntegrityError):
-        store.put(sealed.object_key, path, sealed)
-    assert list(store.list()) == []
-    assert path.exists()
+    store.put_document(named(1), b"document")
+    file = tmp_path / "objects" / named(1)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (file.parent, file.parent.parent)} == {0o700}
+    (file.parent / f".{file.name}.1234").write_bytes(b"half")
+    assert list(store.list_documents("keys/")) == [named(1)]
+    file.write_bytes(bytes(DOCUMENT_BYTES + 1))
+    with pytest.raises(IntegrityError, match="someone changed it"):
+        store.get_document(named(1))
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_bytes(b"other")
+    with pytest.raises(Unavailable):
+        store.get_document(named(1))
 
 
 def test_directory_other_file_system(tmp_path: Path, landed: Landed) -> None:
@@ -203,259 +339,3 @@ def test_directory_gone(tmp_path: Path) -> None:
     (tmp_path / "objects").rename(tmp_path / "moved")
     with pytest.raises(Unavailable, match="gone"):
         store.check()
-
-
-# --- S3 --------------------------------------------------------------------------------------------------------------
-
-
-def test_s3_multipart(s3_bucket: Callable[[], tuple[str, str, Path]], landed: Landed) -> None:
-    """Above the limit an object goes up in parts and comes back whole."""
-    endpoint, bucket, folder = s3_bucket()
-    store = S3Store(bucket=bucket, endpoint_url=endpoint, region="us-east-1", multipart_bytes=6 * MEBIBYTE, part_bytes=5 * MEBIBYTE)
-    content = secrets.token_bytes(12 * MEBIBYTE + 3)
-    path, sealed = landed(content)
-    store.put(sealed.object_key, path, sealed)
-    assert whole(store, sealed.object_key) == content
-    assert [file.stat().st_size for file in folder.rglob("*") if file.is_file()] == [len(content)]
-
-
-def test_s3_bucket_missing(s3_bucket: Callable[[], tuple[str, str, Path]], landed: Landed) -> None:
-    """A missing bucket is Unavailable with the remedy, for every operation."""
-    endpoint, _, _ = s3_bucket()
-    store = S3Store(bucket="no-such-bucket", endpoint_url=endpoint, region="us-east-1", attempts=1)
-    path, sealed = landed(b"x")
-    for operation in (
-        store.check,
-        lambda: store.put(sealed.object_key, path, sealed),
-        lambda: store.open("0" * 32),
-        lambda: list(store.list()),
-    ):
-        with pytest.raises(Unavailable, match="bucket"):
-            operation()
-    assert path.exists()
-
-
-def test_s3_wrong_credentials(s3_bucket: Callable[[], tuple[str, str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused credentials are Unavailable and say so."""
-    endpoint, bucket, _ = s3_bucket()
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-key")
-    with pytest.raises(Unavailable, match="credentials"):
-        S3Store(bucket=bucket, endpoint_url=endpoint, region="us-east-1", attempts=1).check()
-
-
-def test_s3_no_credentials() -> None:
-    """Absent credentials are Unavailable and say where to give them."""
-    with pytest.raises(Unavailable, match="no credentials"):
-        S3Store(bucket="b", endpoint_url="http://127.0.0.1:9", region="us-east-1", attempts=1).check()
-
-
-class FakeS3(ThreadingHTTPServer):
-    """An S3 service that follows a script instead of the truth."""
-
-    def __init__(self, script: str) -> None:
-        super().__init__(("127.0.0.1", 0), FakeS3Handler)
-        self.script = script
-        self.objects: dict[str, bytes] = {}
-        self.requests: list[str] = []
-        self.released = threading.Event()
-
-
-class FakeS3Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: FakeS3
-
-    def log_message(self, *args: object) -> None:
-        """Stay silent."""
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def error(self, status: int, code: str) -> None:
-        self.answer(status, f"<Error><Code>{code}</Code><Message>scripted</Message></Error>".encode())
-
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def do_PUT(self) -> None:
-        if self.headers.get("Expect") == "100-continue" and self.request_version != "HTTP/1.1":
-            return
-        content = self.body()
-        server = self.server
-        server.requests.append("PUT")
-        count = server.requests.count("PUT")
-        match server.script:
-            case "nothing":
-                pass
-            case "half":
-                server.objects[self.path] = content[: len(content) // 2]
-            case "other":
-                server.objects[self.path] = bytes(byte ^ 1 for byte in content)
-            case "hang":
-                server.released.wait(20)
-                self.close_connection = True
-                return
-            case "slow down twice" if count <= 2:
-                self.error(503, "SlowDown")
-                return
-            case "denied":
-                self.error(403, "AccessDenied")
-                return
-            case "lost answer" if count == 1:
-                server.objects[self.path] = content
-                self.close_connection = True
-                return
-            case "lost answer" | "taken":
-                self.error(412, "PreconditionFailed")
-                return
-            case _:
-                server.objects[self.path] = content
-        self.answer(200, ETag='"0"')
-
-    def do_GET(self) -> None:
-        server = self.server
-        server.requests.append("GET")
-        count = server.requests.count("GET")
-        if server.script == "late" and count <= 2:
-            self.error(404, "NoSuchKey")
-            return
-        content = server.objects.get(self.path)
-        if content is None:
-            self.error(404, "NoSuchKey")
-            return
-        status, headers = 200, {}
-        if asked := self.headers.get("Range"):
-            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
-            headers["Content_Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
-            status, content = 206, content[first : last + 1]
-        if server.script == "cut" and count % 2 == 1:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
-            self.close_connection = True
-            return
-        self.answer(status, content, **headers)
-
-    def do_POST(self) -> None:
-        self.body()
-        self.server.requests.append("POST")
-        if "uploads" in self.path:
-            self.answer(200, b"<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>")
-        else:
-            self.error(500, "InternalError")
-
-    def do_DELETE(self) -> None:
-        self.server.requests.append("ABORT" if "uploadId" in self.path else "DELETE")
-        self.server.objects.pop(self.path, None)
-        self.answer(204)
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], tuple[FakeS3, S3Store]]]:
-    """Start a scripted service and a store that talks to it."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any-access-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any-secret-key")
-
-    @contextmanager
-    def serve(script: str) -> Iterator[tuple[FakeS3, S3Store]]:
-        server = FakeS3(script)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield (
-                server,
-                S3Store(
-                    bucket="bucket",
-                    endpoint_url=f"http://127.0.0.1:{server.server_port}",
-                    region="us-east-1",
-                    read_timeout_s=1,
-                    attempts=3,
-                    multipart_bytes=6 * MEBIBYTE,
-                    part_bytes=5 * MEBIBYTE,
-                    sleep=lambda _: None,
-                ),
-            )
-        finally:
-            server.released.set()
-            server.shutdown()
-            thread.join()
-            server.server_close()
-
-    opened: list[object] = []
-
-    def start(script: str) -> tuple[FakeS3, S3Store]:
-        context = serve(script)
-        opened.append(context)
-        return context.__enter__()
-
-    yield start
-    for context in opened:
-        context.__exit__(None, None, None)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("script", ["nothing", "half", "other"])
-def test_s3_lies_are_found_before_put_returns(fake: Callable[[str], tuple[FakeS3, S3Store]], landed: Landed, script: str) -> None:
-    """A 200 that stored nothing, half or other bytes is not believed, and the landing file stays (threats.md fault 11)."""
-    server, store = fake(script)
-    path, sealed = landed(secrets.token_bytes(3000))
-    with pytest.raises(Unavailable, match="does not give the same bytes back"):
-        store.put(sealed.object_key, path, sealed)
-    assert path.exists()
-    assert server.objects == {}
-
-
-@pytest.mark.parametrize("script", ["slow down twice", "late", "cut", "lost answer"])
-def test_s3_passing_faults_are_ridden_out(fake: Callable[[str], tuple[FakeS3, S3Store]], landed: Landed, script: str) -> None:
-    """503s, a late listing, a cut answer and a lost answer end in success with the object whole (faults 10, 12, 14)."""
-    server, store = fake(script)
-    content = secrets.token_bytes(3000)
-    path, sealed = landed(content)
-    store.put(sealed.object_key, path, sealed)
-    assert list(server.objects.values()) == [content]
-    assert whole(store, sealed.object_key) == content
-
-
-def test_s3_taken_key_of_other_bytes(fake: Callable[[str], tuple[FakeS3, S3Store]], landed: Landed) -> None:
-    """412 over other bytes is IntegrityError: nothing is overwritten."""
-    server, store = fake("taken")
-    path, sealed = landed(b"mine")
-    server.objects[f"/bucket/{sealed.object_key[:2]}/{sealed.object_key}"] = b"theirs"
-    with pytest.raises(IntegrityError):
-        store.put(sealed.object_key, path, sealed)
-    assert path.exists()
-
-
-@pytest.mark.parametrize(("script", "words"), [("hang", "Timeout"), ("denied", "access denied")])
-def test_s3_lasting_faults_are_unavailable(fake: Callable[[str], tuple[FakeS3, S3Store]], landed: Landed, script: str, words: str) -> None:
-    """A black hole and a refusal end in Unavailable within bounds (faults 13, 15)."""
-    _, store = fake(script)
-    path, sealed = landed(b"x" * 100)
-    with pytest.raises(Unavailable, match=words):
-        store.put(sealed.object_key, path, sealed)
-    assert path.exists()
-
-
-def test_s3_failed_multipart_is_aborted(fake: Callable[[str], tuple[FakeS3, S3Store]], landed: Landed) -> None:
-    """An upload in parts that cannot be completed leaves no orphan upload (fault 17)."""
-    server, store = fake("fine")
-    path, sealed = landed(secrets.token_bytes(7 * MEBIBYTE))
-    with pytest.raises(Unavailable):
-        store.put(sealed.object_key, path, sealed)
-    assert "ABORT" in server.requests
-    assert path.exists()
-
-
-def test_s3_endpoint_down(fake: Callable[[str], tuple[FakeS3, S3Store]]) -> None:
-    """Nobody at the endpoint: Unavailable, with what to check."""
-    _, store = fake("fine")
-    down = S3Store(bucket="bucket", endpoint_url="http://127.0.0.1:9", region="us-east-1", attempts=2, connect_timeout_s=1)
-    with pytest.raises(Unavailable, match="check the endpoint"):
-        down.check()
-    store.delete("0" * 32)
