@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -50,6 +51,7 @@ _RESTORE_S = MappingProxyType({"Expedited": 300, "Standard": 4 * 3600, "Bulk": 1
 _DEEP_RESTORE_S = MappingProxyType({"Expedited": 12 * 3600, "Standard": 12 * 3600, "Bulk": 48 * 3600})
 _DEEP = frozenset({"DEEP_ARCHIVE", "DEEP_ARCHIVE_ACCESS"})
 _NOT_IMPLEMENTED: frozenset[str | int] = frozenset({"NotImplemented", "MethodNotAllowed", 405, 501})
+_TAG_NAME, _TAG_VALUE = re.compile(r"[\w +\-=.:/@]{1,128}"), re.compile(r"[\w +\-=.:/@]{0,256}")
 _CLEANING_S = 15.0
 """Deadline for removing what a failed operation left; its own has passed perhaps."""
 
@@ -96,7 +98,7 @@ class S3Store:
     Raises
     ------
     ValueError
-        More than ten tags, or an unknown tier.
+        More than ten tags, one that S3 does not take, or an unknown tier.
     """
 
     remote = True
@@ -164,6 +166,9 @@ class S3Store:
         merged = {**self._tags, **(tags or {})}
         if len(merged) > 10:
             raise ValueError(f"an object has at most ten tags, these are {len(merged)}; shorten [archive] tags")
+        for name, value in merged.items():
+            if not (_TAG_NAME.fullmatch(name) and _TAG_VALUE.fullmatch(value)):
+                raise ValueError(f"the tag {name!r} has a name or value that S3 does not take: letters, digits, spaces and +-=._:/@ alone")
         return {"Tagging": urlencode(merged)} if merged else {}
 
     # --- put -------------------------------------------------------------------------------------------------------------
@@ -208,6 +213,7 @@ class S3Store:
                 Key=name,
                 ContentLength=sealed.byte_count,
                 ContentMD5=base64.b64encode(md5.digest()).decode(),
+                ChecksumAlgorithm="SHA256",
                 ChecksumSHA256=checksum,
                 IfNoneMatch="*",
                 **extra,
