@@ -25,6 +25,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -369,12 +370,21 @@ class StudyKeys:
         if key.stored:
             return
         put_document(name, self.document(key))
-        while not self._database.write(partial(self.mark_stored_in, study_key=key)):
-            # the row changed, so what was just put may have replaced the document of a rotation
-            if not self.known([study_key_id]):
-                delete_document(name)
-            key = self.get(study_key_id)
-            put_document(name, self.document(key))
+        if not self._database.write(partial(self.mark_stored_in, study_key=key)):
+            self._put_again(study_key_id, put_document, delete_document)
+
+    def _put_again(self, study_key_id: str, put_document: PutDocument, delete_document: DeleteDocument) -> None:
+        """Bring the document in line with a row that changed while one was put: what was put may have replaced a newer one."""
+        while True:
+            try:
+                key = self.get(study_key_id)
+            except IntegrityError:
+                if not self.known([study_key_id]):
+                    delete_document(document_name(study_key_id))
+                raise
+            put_document(document_name(study_key_id), self.document(key))
+            if self._database.write(partial(self.mark_stored_in, study_key=key)):
+                return
 
     def publish_all(self, *, put_document: PutDocument, delete_document: DeleteDocument) -> int:
         """Put the documents of all keys that are not known to be in the store; return how many. A duty of every node.
@@ -391,7 +401,8 @@ class StudyKeys:
             after = ids[-1]
             for study_key_id in ids:
                 try:
-                    self.publish(study_key_id, put_document=put_document, delete_document=delete_document)
+                    # not publish: what is remembered here may be from before
+                    self._put_again(study_key_id, put_document, delete_document)
                 except IntegrityError as error:
                     _log.error("study_key.unpublished", extra={"study_key_id": study_key_id, "reason": str(error)})
                     continue
@@ -462,7 +473,10 @@ class StudyKeys:
                     damaged += len(batch) - len(fresh)
                     changed = self._database.write(partial(_replace_in, fresh=fresh))
                     self._reach("rotate.row")
-                    self._tidy([row.id for row, _ in fresh if row.id not in changed], delete_document)
+                    for row, _ in fresh:
+                        if row.id not in changed:
+                            with suppress(IntegrityError):  # erased: no document stays
+                                self._put_again(row.id, put_document, delete_document)
                     done += len(changed)
                     again = again or bool(fresh)
                     progress(done, max(done, total))
@@ -523,13 +537,6 @@ class StudyKeys:
         put_document(document_name(key.id), self.document(key))
         self._reach("rotate.document")
         return key
-
-    def _tidy(self, study_key_ids: list[str], delete_document: DeleteDocument) -> None:
-        """Take back the documents of keys that were erased while they were re-wrapped; those that only changed come again."""
-        known = self.known(study_key_ids)
-        for study_key_id in study_key_ids:
-            if study_key_id not in known:
-                delete_document(document_name(study_key_id))
 
     # -- what a process remembers ------------------------------------------------------------------------------------------------
 

@@ -475,6 +475,45 @@ def test_erased_while_rotating(site: Site) -> None:
     assert set(site.rows()) == set(site.documents()) == {kept[0]}
 
 
+def test_two_rotations_at_once(site: Site) -> None:
+    """One that was overtaken by another, to a newer key, changes nothing: neither row nor document fall back to a key that was removed."""
+    keys = site.node()
+    admitted = site.admit(keys, stored=True)
+    first_id = Ring.load(site.path).primary_key_id
+    second_id = Ring.add(site.path)
+    done = []
+
+    def put(name: str, content: bytes) -> None:
+        if not done:
+            done.append(Ring.add(site.path))
+            other = site.node()
+            assert site.rotate(other) == 1
+            other.retire(first_id)
+            other.retire(second_id)
+        site.store.put_document(name, content)
+
+    assert keys.rotate(put_document=put, delete_document=site.store.delete_document) == 0
+    fresh = site.node()
+    assert fresh.unwrap(*admitted[:2]) == admitted[2]
+    assert fresh.from_document(site.documents()[admitted[0]]).wrapping_key_id == done[0]
+
+
+def test_rotation_leaves_the_newest_documents(site: Site) -> None:
+    """A document of before, put by another process in the middle of a rotation, is replaced before it ends."""
+    keys, other = site.node(), site.node()
+    study_key_id = site.admit(keys, stored=True)[0]
+    former = other.current(STUDY)
+    Ring.add(site.path)
+
+    def late(*_: int) -> None:
+        site.store.put_document(document_name(study_key_id), other.document(former))
+        site.database.write(lambda connection: other.store_in(connection, former, stored=True))
+
+    assert site.rotate(keys, progress=late) == 1
+    assert json.loads(site.documents()[study_key_id])["wrapped"] == site.rows()[study_key_id].wrapped
+    assert site.rows()[study_key_id].stored == 1
+
+
 def test_rotation_while_others_seal_and_read(site: Site) -> None:
     """While keys are re-wrapped, others seal and read without one failure; afterwards nothing uses the old key and all opens."""
     keys = site.node()
