@@ -208,9 +208,10 @@ def test_erasure_removes_every_version(moto: Callable[..., tuple[S3Store, str, A
         return [entry["Key"] for entry in [*found.get("Versions", ()), *found.get("DeleteMarkers", ())]]
 
     name = "sealed/" + relative_path(sealed.object_key)
+    client.put_object(Bucket=bucket, Key=name + ".copy", Body=b"somebody else's")
     assert versions().count(name) == 4
     store.delete(sealed.object_key, versions=True)
-    assert versions() == ["sealed/" + relative_path(other_sealed.object_key)]
+    assert sorted(versions()) == sorted(["sealed/" + relative_path(other_sealed.object_key), name + ".copy"])
 
 
 def test_document_is_erased_with_every_version(moto: Callable[..., tuple[S3Store, str, Any]]) -> None:
