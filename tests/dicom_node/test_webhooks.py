@@ -46,10 +46,21 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(template: Path, tmp_path: Path) -> Iterator[Database]:
-    """An empty database in the test's folder."""
+def place(request: pytest.FixtureRequest, template: Path, tmp_path: Path) -> str:
+    """Where an empty database is: a folder, or the URL of a PostgreSQL for the tests that ask for both."""
+    if getattr(request, "param", "sqlite") == "postgresql":
+        return str(request.getfixturevalue("postgresql_database")())
     shutil.copy(template, tmp_path)
-    database = open_database(tmp_path)
+    return str(tmp_path)
+
+
+both_engines = pytest.mark.parametrize("place", ["sqlite", pytest.param("postgresql", marks=pytest.mark.peer)], indirect=True)
+
+
+@pytest.fixture
+def database(place: str) -> Iterator[Database]:
+    """An empty database."""
+    database = open_database(place)
     yield database
     database.close()
 
@@ -107,6 +118,7 @@ def arrived(database: Database, cursor: int, name: str = "portal") -> None:
     wait_for(database, lambda: any(one.name == name and one.cursor >= cursor for one in subscribers.all()))
 
 
+@both_engines
 def test_sends_what_happened_in_order_and_signed(database: Database) -> None:
     """Old and new changes come in order, once, in requests whose signature the secret verifies; the audit trail keeps that they left."""
     cursors = changed(database, 5)
@@ -223,19 +235,20 @@ def test_a_new_subscriber_is_told_what_comes(database: Database) -> None:
 # -- killed -------------------------------------------------------------------------------------------------------------------
 
 
-def send_until_killed(folder: str, url: str, failpoint: str, holder: str, lease_s: float) -> None:
+def send_until_killed(place: str, url: str, failpoint: str, holder: str, lease_s: float) -> None:
     """Run a sender in this process, with a failpoint armed."""
-    database = open_database(Path(folder))
+    database = open_database(place)
     reach = failpoint_from_environment({VARIABLE: failpoint})
     sender(database, webhook(url), batch=1, reach=reach, holder=holder, timeout_s=lease_s / 2, lease_s=lease_s).run(threading.Event())
 
 
+@both_engines
 @pytest.mark.parametrize(("failpoint", "again"), [("webhook.claimed", False), ("webhook.answered", True), ("webhook.advanced", False)])
-def test_a_sender_that_is_killed_skips_nothing(database: Database, tmp_path: Path, failpoint: str, again: bool) -> None:
+def test_a_sender_that_is_killed_skips_nothing(database: Database, place: str, failpoint: str, again: bool) -> None:
     """Killed between the receiver's 200 and the commit of the cursor, the change is sent again; killed before or after, it is not."""
     cursors = changed(database, 4)
     with Receiver() as receiver:
-        arguments = (str(tmp_path), receiver.url, f"{failpoint}:2:kill", "killed", 1.0)
+        arguments = (place, receiver.url, f"{failpoint}:2:kill", "killed", 1.0)
         process = multiprocessing.get_context("spawn").Process(target=send_until_killed, args=arguments)
         process.start()
         process.join()
@@ -246,9 +259,10 @@ def test_a_sender_that_is_killed_skips_nothing(database: Database, tmp_path: Pat
         assert receiver.cursors == ([cursors[0], cursors[1], *cursors[1:]] if again else cursors)
 
 
-def test_of_two_senders_one_sends(database: Database, tmp_path: Path) -> None:
+@both_engines
+def test_of_two_senders_one_sends(database: Database, place: str) -> None:
     """Two processes' worth of senders on one subscriber: never two requests at once, each change once; what one leaves the other takes."""
-    other = open_database(tmp_path)
+    other = open_database(place)
     cursors = changed(database, 5)
     settings: dict[str, Any] = {"batch": 1, "timeout_s": 2.0, "lease_s": 4.0}
     with Receiver(*["slow"] * 20) as receiver:
