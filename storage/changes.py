@@ -20,8 +20,8 @@ from sqlalchemy import BigInteger, Column, Integer, Row, Select, Table, Text, bi
 from storage.audit import AUDIT, AUDIT_HEAD
 from storage.database import METADATA, from_micros, to_micros
 from storage.errors import InvalidQuery, LeaseLost
-from storage.index import INSTANCES, SERIES, STUDIES
 from storage.records import AuditEvent
+from storage.tables import INSTANCES, SERIES, STUDIES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

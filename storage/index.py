@@ -17,189 +17,28 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy.exc
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    ForeignKey,
-    Integer,
-    Row,
-    Select,
-    Table,
-    Text,
-    UniqueConstraint,
-    and_,
-    bindparam,
-    func,
-    insert,
-    or_,
-    select,
-    update,
-)
-from sqlalchemy import (
-    Index as TableIndex,
-)
+from sqlalchemy import Row, and_, bindparam, insert, select, update
 
-from storage.database import METADATA, BigId, from_micros, generated_id, to_micros
-from storage.errors import ConflictingInstance, InstanceNotFound, InvalidQuery
-from storage.matching import column_names, combined, condition, keys_present, normalised, text
+from storage import search
+from storage.database import from_micros, generated_id, to_micros
+from storage.errors import ConflictingInstance, InstanceNotFound
+from storage.matching import normalised
 from storage.records import INDEXED, InstanceRecord, Level, Match, Origin, Query, ReportRecord, SealedObject, Summary
+from storage.search import members, pages, parents
+from storage.tables import COLUMN_NAMES, INSTANCE_JOIN, INSTANCES, PATIENTS, QUARANTINE, REPORTS, SERIES, STORAGE, STUDIES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from storage.database import Database
 
-T = TypeVar("T")
-
-_DEPTH = {Level.PATIENT: 0, Level.STUDY: 1, Level.SERIES: 2, Level.INSTANCE: 3}
 _KNOWN_SERIES = 4096
 _PAGE = 500
 
 
-def _matching_columns(*levels: Level) -> list[Column[Any]]:
-    return [
-        Column(name, Text, nullable=False)
-        for keyword, (level, vr) in INDEXED.items()
-        if level in levels
-        for name in column_names(keyword, vr)
-    ]
-
-
-def _storage_columns() -> list[Column[Any]]:
-    return [
-        Column("role", Text, nullable=False),
-        Column("transfer_syntax_uid", Text, nullable=False),
-        Column("byte_count", BigInteger, nullable=False),
-        Column("sha256", Text, nullable=False),
-        Column("object_key", Text, nullable=False, index=True),
-        Column("sealed_byte_count", BigInteger, nullable=False),
-        Column("sealed_sha256", Text, nullable=False),
-        Column("key_id", Text, nullable=False),
-        Column("landed_on", Text, nullable=False, server_default=""),
-        Column("received_at", BigInteger, nullable=False),
-        Column("extra", Text, nullable=False),
-        Column("attributes", Text, nullable=False),
-    ]
-
-
-PATIENTS = Table(
-    "patients",
-    METADATA,
-    Column("id", BigId, primary_key=True),
-    Column("identity", Text, nullable=False, unique=True),
-    *_matching_columns(Level.PATIENT),
-    Column("attributes", Text, nullable=False),
-    sqlite_autoincrement=True,
-)
-STUDIES = Table(
-    "studies",
-    METADATA,
-    Column("id", BigId, primary_key=True),
-    Column("patient_ref", BigInteger, ForeignKey("patients.id"), nullable=False, index=True),
-    *_matching_columns(Level.PATIENT, Level.STUDY),
-    Column("modalities", Text, nullable=False),
-    Column("sop_classes", Text, nullable=False),
-    Column("attributes", Text, nullable=False),
-    sqlite_autoincrement=True,  # a cached key must never be given to another row
-)
-SERIES = Table(
-    "series",
-    METADATA,
-    Column("id", BigId, primary_key=True),
-    Column("study_ref", BigInteger, ForeignKey("studies.id"), nullable=False),
-    *_matching_columns(Level.SERIES),
-    Column("instance_count", Integer, nullable=False),
-    Column("attributes", Text, nullable=False),
-    UniqueConstraint("study_ref", "series_instance_uid"),
-    sqlite_autoincrement=True,
-)
-INSTANCES = Table(
-    "instances",
-    METADATA,
-    Column("id", BigId, primary_key=True),
-    Column("series_ref", BigInteger, ForeignKey("series.id"), nullable=False, index=True),
-    *_matching_columns(Level.INSTANCE),
-    *_storage_columns(),
-    UniqueConstraint("sop_instance_uid"),
-)
-QUARANTINE = Table(
-    "quarantine",
-    METADATA,
-    Column("id", BigId, primary_key=True),
-    Column("sop_class_uid", Text, nullable=False),
-    Column("sop_instance_uid", Text, nullable=False),
-    Column("study_instance_uid", Text, nullable=False),
-    Column("series_instance_uid", Text, nullable=False),
-    *_storage_columns(),
-    Column("reason", Text, nullable=False),
-    Column("quarantined_at", BigInteger, nullable=False),
-    UniqueConstraint("sop_instance_uid", "sha256"),
-)
-REPORTS = Table(
-    "reports",
-    METADATA,
-    Column("sop_instance_uid", Text, ForeignKey("instances.sop_instance_uid"), primary_key=True),
-    Column("source_sop_instance_uid", Text, ForeignKey("instances.sop_instance_uid"), nullable=False, index=True),
-    Column("kind", Text, nullable=False),
-    Column("models", Text, nullable=False),
-)
-# The order of answers, and in it everything that a viewer's study list filters by: such a search reads this index and nothing else.
-TableIndex(
-    "ix_studies_list",
-    STUDIES.c.study_date,
-    STUDIES.c.study_time,
-    STUDIES.c.study_instance_uid,
-    STUDIES.c.patient_name_alphabetic,
-    STUDIES.c.patient_name_ideographic,
-    STUDIES.c.patient_name_phonetic,
-    STUDIES.c.patient_id,
-    STUDIES.c.accession_number,
-    STUDIES.c.study_description,
-    STUDIES.c.modalities,
-    STUDIES.c.patient_birth_date,
-    STUDIES.c.patient_sex,
-    STUDIES.c.study_id,
-    STUDIES.c.referring_physician_name_alphabetic,
-    STUDIES.c.referring_physician_name_ideographic,
-    STUDIES.c.referring_physician_name_phonetic,
-)
-TableIndex("ix_studies_study_instance_uid", STUDIES.c.study_instance_uid, unique=True)
-TableIndex("ix_studies_patient_id", STUDIES.c.patient_id)
-TableIndex("ix_studies_accession_number", STUDIES.c.accession_number)
-TableIndex("ix_studies_patient_name", STUDIES.c.patient_name_alphabetic)
-TableIndex("ix_patients_patient_id", PATIENTS.c.patient_id)
-TableIndex("ix_series_series_instance_uid", SERIES.c.series_instance_uid)
-
-_STORAGE = [column.name for column in _storage_columns()]
-_TABLE_OF = {Level.PATIENT: STUDIES, Level.STUDY: STUDIES, Level.SERIES: SERIES, Level.INSTANCE: INSTANCES}
-_NEWEST_STUDY = (STUDIES.c.study_date.desc(), STUDIES.c.study_time.desc(), STUDIES.c.study_instance_uid.desc())
-_SERIES_JOIN = SERIES.join(STUDIES, SERIES.c.study_ref == STUDIES.c.id)
-_INSTANCE_JOIN = INSTANCES.join(SERIES, INSTANCES.c.series_ref == SERIES.c.id).join(STUDIES, SERIES.c.study_ref == STUDIES.c.id)
-
-# level -> (rows of, key, order of answers)
-_SEARCH: Mapping[Level, tuple[Any, Column[Any], tuple[ColumnElement[Any], ...]]] = {
-    Level.PATIENT: (PATIENTS, PATIENTS.c.id, (PATIENTS.c.patient_id, PATIENTS.c.id)),
-    Level.STUDY: (STUDIES, STUDIES.c.id, _NEWEST_STUDY),
-    Level.SERIES: (_SERIES_JOIN, SERIES.c.id, (*_NEWEST_STUDY, SERIES.c.series_instance_uid)),
-    Level.INSTANCE: (_INSTANCE_JOIN, INSTANCES.c.id, (*_NEWEST_STUDY, SERIES.c.series_instance_uid, INSTANCES.c.sop_instance_uid)),
-}
-_STUDY_ANSWER = (
-    STUDIES.c.id.label("study"),
-    STUDIES.c.attributes.label("study_attributes"),
-    STUDIES.c.modalities,
-    STUDIES.c.sop_classes,
-)
-_SERIES_ANSWER = (SERIES.c.id.label("series"), SERIES.c.attributes.label("series_attributes"), SERIES.c.instance_count.label("in_series"))
-_ANSWER: Mapping[Level, tuple[ColumnElement[Any], ...]] = {
-    Level.PATIENT: (PATIENTS.c.attributes.label("patient_attributes"),),
-    Level.STUDY: _STUDY_ANSWER,
-    Level.SERIES: (*_STUDY_ANSWER, *_SERIES_ANSWER),
-    Level.INSTANCE: (*_STUDY_ANSWER, *_SERIES_ANSWER, INSTANCES.c.attributes.label("own_attributes")),
-}
 _RECORD = select(
     STUDIES.c.study_instance_uid,
     SERIES.c.series_instance_uid,
@@ -207,8 +46,8 @@ _RECORD = select(
     INSTANCES.c.sop_instance_uid,
     STUDIES.c.attributes.label("study_attributes"),
     SERIES.c.attributes.label("series_attributes"),
-    *(INSTANCES.c[name] for name in _STORAGE),
-).select_from(_INSTANCE_JOIN)
+    *(INSTANCES.c[name] for name in STORAGE),
+).select_from(INSTANCE_JOIN)
 _FIND = _RECORD.where(INSTANCES.c.sop_instance_uid == bindparam("uid"))
 _FIND_SERIES = (
     select(
@@ -234,11 +73,6 @@ _ADD_SERIES = insert(SERIES)
 _ADD_INSTANCE = insert(INSTANCES).inline()
 _ADD_QUARANTINE = insert(QUARANTINE).inline()
 _ADD_REPORT = insert(REPORTS).inline()
-_COUNTS = (
-    select(SERIES.c.study_ref, func.count(), func.sum(SERIES.c.instance_count))
-    .where(SERIES.c.study_ref.in_(bindparam("refs", expanding=True)))
-    .group_by(SERIES.c.study_ref)
-)
 _FIND_QUARANTINED = select(QUARANTINE.c.id).where(
     QUARANTINE.c.sop_instance_uid == bindparam("uid"), QUARANTINE.c.sha256 == bindparam("digest")
 )
@@ -293,7 +127,7 @@ class Index:
 
     def __init__(self, *, database: Database) -> None:
         self._database = database
-        self._known: dict[tuple[str, str], _KnownSeries] = {}  # touched by the writer thread only, and after a commit only
+        self._known: dict[tuple[str, str], _KnownSeries] = {}  # touched by the writer thread only
 
     # -- filing ------------------------------------------------------------------------------------------------------------------
 
@@ -308,7 +142,13 @@ class Index:
         summary = record.summary
         values = _attributes(summary)
         place = (summary.study_instance_uid, summary.series_instance_uid)
-        series = self._known.get(place) or self._series(connection, values)
+        known = self._known.get(place)
+        # One statement counts the instance and tells whether the series that is remembered still is there: it may have been erased, by
+        # another process perhaps. (Keys are never given to another row.)
+        counted = known is not None and connection.execute(_COUNT_IN_SERIES, {"ref": known.series_ref}).rowcount == 1
+        if known is not None and not counted:
+            self._known.pop(place, None)
+        series = known if known is not None and counted else self._series(connection, values)
         if _identity(values) != _identity(series.parents):
             raise ConflictingInstance(
                 "the study is archived with another Patient ID or Issuer of Patient ID: compare both, and correct the one that is wrong"
@@ -324,8 +164,9 @@ class Index:
             connection.execute(_ADD_INSTANCE, row)
         except sqlalchemy.exc.IntegrityError as error:
             raise ConflictingInstance("an instance of this SOP Instance UID is archived already") from error
-        connection.execute(_COUNT_IN_SERIES, {"ref": series.series_ref})
-        if self._known.get(place) is not series:
+        if not counted:
+            connection.execute(_COUNT_IN_SERIES, {"ref": series.series_ref})
+        if series is not known:
             self._database.on_commit(lambda: self._remember(place, series))
 
     def _remember(self, place: tuple[str, str], series: _KnownSeries) -> None:
@@ -342,7 +183,7 @@ class Index:
             study_ref = self._add_study(connection, values, of_study)
             classes: frozenset[str] = frozenset()
         else:
-            of_study, study_ref, classes = json.loads(found.study_attributes), found.study_ref, frozenset(_members(found.sop_classes))
+            of_study, study_ref, classes = json.loads(found.study_attributes), found.study_ref, frozenset(members(found.sop_classes))
         if _identity(of_study) != _identity(values):
             # add() refuses it: no series is made for an instance that is not filed
             return _KnownSeries(study_ref, 0, of_study, classes)
@@ -389,7 +230,7 @@ class Index:
         classes = _joined(sets.sop_classes, sop_class_uid)
         if classes != sets.sop_classes:
             connection.execute(_SET_SETS, {"ref": series.study_ref, "modalities_": sets.modalities, "classes_": classes})
-        return _KnownSeries(series.study_ref, series.series_ref, series.parents, frozenset(_members(classes)))
+        return _KnownSeries(series.study_ref, series.series_ref, series.parents, frozenset(members(classes)))
 
     def quarantine(self, connection: Connection, record: InstanceRecord, reason: str) -> bool:
         """Note an instance that is kept aside, for an operator to judge.
@@ -470,50 +311,12 @@ class Index:
         return sorted((_record(row, _own_words(row, parsed)) for row in rows), key=_in_order)
 
     def match(self, query: Query) -> list[Match]:
-        """Return what matches, newest study first, then by UID: a stable order over pages.
-
-        Series and instances across studies come newest filed first instead: an order that is walked, not sorted, in a million rows.
-
-        Raises
-        ------
-        InvalidQuery
-            A key that is not indexed or belongs to a lower level; a value that is none of its value representation; a negative limit.
-        """
-        statement = self._search(query)
-        with self._database.read() as connection:
-            keys = [row[0] for row in connection.execute(statement)]
-            source, key, _ = _SEARCH[query.level]
-            found = select(key.label("key"), *_ANSWER[query.level]).select_from(source)
-            rows = {row.key: row for page in _pages(keys) for row in connection.execute(found.where(key.in_(page)))}
-            counts: dict[int, tuple[int, int]] = {}
-            if query.level is not Level.PATIENT:
-                for page in _pages(sorted({row.study for row in rows.values()})):
-                    counts.update((study, (series, instances)) for study, series, instances in connection.execute(_COUNTS, {"refs": page}))
-        parsed: dict[str, Any] = {}
-        return [Match(_answer(rows[key], query.level, counts, parsed)) for key in keys]
+        """Return what matches, as `storage.search.match`."""
+        return search.match(self._database, query)
 
     def count(self, query: Query) -> int:
-        """Return how many match, whatever limit and offset.
-
-        Raises
-        ------
-        InvalidQuery
-            As :meth:`match`.
-        """
-        source, _, _ = _SEARCH[query.level]
-        with self._database.read() as connection:
-            return int(connection.execute(select(func.count()).select_from(source).where(*_conditions(query))).scalar_one())
-
-    def _search(self, query: Query) -> Select[Any]:
-        if query.offset < 0 or (query.limit is not None and query.limit < 0):
-            raise InvalidQuery("limit and offset must not be negative")
-        source, key, order = _SEARCH[query.level]
-        if query.level in (Level.SERIES, Level.INSTANCE) and "StudyInstanceUID" not in keys_present(query.keys):
-            order = (key.desc(),)
-        statement = select(key).select_from(source).where(*_conditions(query)).order_by(*order)
-        if query.limit is not None:
-            statement = statement.limit(query.limit)
-        return statement.offset(query.offset) if query.offset else statement
+        """Return how many match, as `storage.search.count`."""
+        return search.count(self._database, query)
 
     # -- objects -----------------------------------------------------------------------------------------------------------------
 
@@ -617,7 +420,7 @@ class Index:
         """Return those of `object_keys` that the index knows; the others are orphans of a crash."""
         wanted, known = list(object_keys), set[str]()
         with self._database.read() as connection:
-            for page in _pages(wanted):
+            for page in pages(wanted):
                 for table in (INSTANCES, QUARANTINE):
                     known.update(row[0] for row in connection.execute(select(table.c.object_key).where(table.c.object_key.in_(page))))
         return known
@@ -654,11 +457,8 @@ def _matching_values(values: Mapping[str, tuple[str, ...]], *levels: Level) -> d
     row: dict[str, str] = {}
     for keyword, (level, vr) in INDEXED.items():
         if level in levels:
-            row.update(zip(_COLUMN_NAMES[keyword], normalised(vr, values.get(keyword, ())), strict=True))
+            row.update(zip(COLUMN_NAMES[keyword], normalised(vr, values.get(keyword, ())), strict=True))
     return row
-
-
-_COLUMN_NAMES = {keyword: column_names(keyword, vr) for keyword, (_, vr) in INDEXED.items()}
 
 
 def _storage_values(record: InstanceRecord, attributes: Mapping[str, list[str] | None]) -> dict[str, Any]:
@@ -692,31 +492,18 @@ def _storage_values(record: InstanceRecord, attributes: Mapping[str, list[str] |
     }
 
 
-def _joined(members: str, member: str) -> str:
+def _joined(written: str, member: str) -> str:
     r"""Add to a set written ``\A\B\``, the form in which one LIKE finds a member."""
-    found = {*_members(members), member}
+    found = {*members(written), member}
     return "\\" + "\\".join(sorted(found)) + "\\"
-
-
-def _members(members: str) -> list[str]:
-    return [member for member in members.split("\\") if member]
 
 
 # -- from rows to records ------------------------------------------------------------------------------------------------------------
 
 
-def _parents(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
-    merged: dict[str, list[str]] = {}
-    for written in (row.study_attributes, row.series_attributes):
-        if written not in parsed:
-            parsed[written] = json.loads(written)
-        merged.update(parsed[written])
-    return merged
-
-
 def _own_words(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
     """Return the attributes as this very instance said them: what it has from its parents, and where it differs."""
-    merged = _parents(row, parsed)
+    merged = parents(row, parsed)
     for keyword, value in json.loads(row.attributes).items():
         if value is None:
             merged.pop(keyword, None)
@@ -760,79 +547,3 @@ def _in_order(record: InstanceRecord) -> tuple[int, str, int, str]:
 
 def _report(row: Row[Any]) -> ReportRecord:
     return ReportRecord(row.sop_instance_uid, row.source_sop_instance_uid, row.kind, json.loads(row.models))
-
-
-def _pages(keys: list[T]) -> Iterator[list[T]]:
-    for start in range(0, len(keys), _PAGE):
-        yield keys[start : start + _PAGE]
-
-
-def _answer(row: Row[Any], level: Level, counts: Mapping[int, tuple[int, int]], parsed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    if level is Level.PATIENT:
-        return {keyword: tuple(value) for keyword, value in json.loads(row.patient_attributes).items()}
-    merged: dict[str, list[str]] = json.loads(row.study_attributes) if level is Level.STUDY else _parents(row, parsed)
-    if level is Level.INSTANCE:
-        merged.update(
-            (keyword, value) for keyword, value in json.loads(row.own_attributes).items() if INDEXED[keyword][0] is Level.INSTANCE
-        )
-    answer = {keyword: tuple(value) for keyword, value in merged.items()}
-    answer["ModalitiesInStudy"] = tuple(_members(row.modalities))
-    answer["SOPClassesInStudy"] = tuple(_members(row.sop_classes))
-    series, instances = counts[row.study]
-    answer["NumberOfStudyRelatedSeries"] = (str(series),)
-    answer["NumberOfStudyRelatedInstances"] = (str(instances),)
-    if level is not Level.STUDY:
-        answer["NumberOfSeriesRelatedInstances"] = (str(row.in_series),)
-    return answer
-
-
-# -- from queries to conditions ------------------------------------------------------------------------------------------------------
-
-_PAIRS = {
-    "StudyDate": "StudyTime",
-    "SeriesDate": "SeriesTime",
-    "PerformedProcedureStepStartDate": "PerformedProcedureStepStartTime",
-    "ContentDate": "ContentTime",
-}
-
-
-def _conditions(query: Query) -> list[ColumnElement[bool]]:
-    keys = keys_present(query.keys)
-    conditions: list[ColumnElement[bool]] = []
-    if query.combined_datetime:
-        for date, moment in _PAIRS.items():
-            if date in keys and moment in keys and _DEPTH[INDEXED[date][0]] <= _DEPTH[query.level]:
-                pair = (_columns(query.level, date)[0], keys.pop(date)), (_columns(query.level, moment)[0], keys.pop(moment))
-                conditions.append(combined(*pair, keywords=(date, moment)))
-    for keyword, value in keys.items():
-        if keyword == "ModalitiesInStudy" and query.level is not Level.PATIENT:
-            conditions.append(_modality(value))
-            continue
-        if keyword not in INDEXED:
-            raise InvalidQuery(f"{keyword} is no attribute that can be searched by at this level")
-        level, vr = INDEXED[keyword]
-        if _DEPTH[level] > _DEPTH[query.level]:
-            raise InvalidQuery(f"{keyword} is an attribute of a lower level than the search")
-        wanted = condition(keyword, vr, _columns(query.level, keyword), value)
-        if wanted is not None:
-            conditions.append(wanted)
-    return conditions
-
-
-def _columns(level: Level, keyword: str) -> list[Column[Any]]:
-    table = PATIENTS if level is Level.PATIENT else _TABLE_OF[INDEXED[keyword][0]]
-    return [table.c[name] for name in _COLUMN_NAMES[keyword]]
-
-
-def _modality(value: str) -> ColumnElement[bool]:
-    """Return the condition that a series of the study has one of the modalities (separated by backslash or comma)."""
-    wanted = [part.strip() for part in value.replace(",", "\\").split("\\") if part.strip()]
-    if any(set(part) & set("*?") for part in wanted):
-        inner = SERIES.alias("any_series")
-        return (
-            select(inner.c.id)
-            .where(inner.c.study_ref == STUDIES.c.id, or_(*(text(inner.c.modality, part) for part in wanted)))
-            .correlate(STUDIES)
-            .exists()
-        )
-    return or_(*(STUDIES.c.modalities.contains(f"\\{part}\\", autoescape=True, escape="!") for part in wanted))

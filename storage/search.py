@@ -1,0 +1,192 @@
+"""The search of the index: one for QIDO-RS and C-FIND alike. A search adds up a few series, and never counts instances."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import Column, ColumnElement, Row, Select, bindparam, func, or_, select
+
+from storage.errors import InvalidQuery
+from storage.matching import combined, condition, keys_present, text
+from storage.records import INDEXED, Level, Match, Query
+from storage.tables import COLUMN_NAMES, INSTANCE_JOIN, INSTANCES, PATIENTS, SERIES, SERIES_JOIN, STUDIES
+
+if TYPE_CHECKING:
+    from storage.database import Database
+
+T = TypeVar("T")
+
+_DEPTH = {Level.PATIENT: 0, Level.STUDY: 1, Level.SERIES: 2, Level.INSTANCE: 3}
+_PAGE = 500
+_TABLE_OF = {Level.PATIENT: STUDIES, Level.STUDY: STUDIES, Level.SERIES: SERIES, Level.INSTANCE: INSTANCES}
+_NEWEST_STUDY = (STUDIES.c.study_date.desc(), STUDIES.c.study_time.desc(), STUDIES.c.study_instance_uid.desc())
+
+# level -> (rows of, key, order of answers)
+_SEARCH: Mapping[Level, tuple[Any, Column[Any], tuple[ColumnElement[Any], ...]]] = {
+    Level.PATIENT: (PATIENTS, PATIENTS.c.id, (PATIENTS.c.patient_id, PATIENTS.c.id)),
+    Level.STUDY: (STUDIES, STUDIES.c.id, _NEWEST_STUDY),
+    Level.SERIES: (SERIES_JOIN, SERIES.c.id, (*_NEWEST_STUDY, SERIES.c.series_instance_uid)),
+    Level.INSTANCE: (INSTANCE_JOIN, INSTANCES.c.id, (*_NEWEST_STUDY, SERIES.c.series_instance_uid, INSTANCES.c.sop_instance_uid)),
+}
+_STUDY_ANSWER = (
+    STUDIES.c.id.label("study"),
+    STUDIES.c.attributes.label("study_attributes"),
+    STUDIES.c.modalities,
+    STUDIES.c.sop_classes,
+)
+_SERIES_ANSWER = (SERIES.c.id.label("series"), SERIES.c.attributes.label("series_attributes"), SERIES.c.instance_count.label("in_series"))
+_ANSWER: Mapping[Level, tuple[ColumnElement[Any], ...]] = {
+    Level.PATIENT: (PATIENTS.c.attributes.label("patient_attributes"),),
+    Level.STUDY: _STUDY_ANSWER,
+    Level.SERIES: (*_STUDY_ANSWER, *_SERIES_ANSWER),
+    Level.INSTANCE: (*_STUDY_ANSWER, *_SERIES_ANSWER, INSTANCES.c.attributes.label("own_attributes")),
+}
+_COUNTS = (
+    select(SERIES.c.study_ref, func.count(), func.sum(SERIES.c.instance_count))
+    .where(SERIES.c.study_ref.in_(bindparam("refs", expanding=True)))
+    .group_by(SERIES.c.study_ref)
+)
+
+
+def match(database: Database, query: Query) -> list[Match]:
+    """Return what matches, newest study first, then by UID: a stable order over pages.
+
+    Series and instances across studies come newest filed first instead: an order that is walked, not sorted, in a million rows.
+
+    Raises
+    ------
+    InvalidQuery
+        A key that is not indexed or belongs to a lower level; a value that is none of its value representation; a negative limit.
+    """
+    statement = statement_of(query)
+    with database.read() as connection:
+        keys = [row[0] for row in connection.execute(statement)]
+        source, key, _ = _SEARCH[query.level]
+        found = select(key.label("key"), *_ANSWER[query.level]).select_from(source)
+        rows = {row.key: row for page in pages(keys) for row in connection.execute(found.where(key.in_(page)))}
+        counts: dict[int, tuple[int, int]] = {}
+        if query.level is not Level.PATIENT:
+            for page in pages(sorted({row.study for row in rows.values()})):
+                counts.update((study, (series, instances)) for study, series, instances in connection.execute(_COUNTS, {"refs": page}))
+    parsed: dict[str, Any] = {}
+    return [Match(_answer(rows[key], query.level, counts, parsed)) for key in keys]
+
+
+def count(database: Database, query: Query) -> int:
+    """Return how many match, whatever limit and offset.
+
+    Raises
+    ------
+    InvalidQuery
+        As `match`.
+    """
+    source, _, _ = _SEARCH[query.level]
+    with database.read() as connection:
+        return int(connection.execute(select(func.count()).select_from(source).where(*_conditions(query))).scalar_one())
+
+
+def statement_of(query: Query) -> Select[Any]:
+    """Return the statement that selects the keys of what matches, in order; raises as `match`."""
+    if query.offset < 0 or (query.limit is not None and query.limit < 0):
+        raise InvalidQuery("limit and offset must not be negative")
+    source, key, order = _SEARCH[query.level]
+    if query.level in (Level.SERIES, Level.INSTANCE) and "StudyInstanceUID" not in keys_present(query.keys):
+        order = (key.desc(),)
+    statement = select(key).select_from(source).where(*_conditions(query)).order_by(*order)
+    if query.limit is not None:
+        statement = statement.limit(query.limit)
+    return statement.offset(query.offset) if query.offset else statement
+
+
+def pages(keys: list[T]) -> Iterator[list[T]]:
+    """Give the keys in parts that a statement takes."""
+    for start in range(0, len(keys), _PAGE):
+        yield keys[start : start + _PAGE]
+
+
+def members(written: str) -> list[str]:
+    r"""Return the members of a set written ``\A\B\``."""
+    return [member for member in written.split("\\") if member]
+
+
+def parents(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the attributes of a row's study and series; `parsed` remembers what was parsed."""
+    merged: dict[str, list[str]] = {}
+    for written in (row.study_attributes, row.series_attributes):
+        if written not in parsed:
+            parsed[written] = json.loads(written)
+        merged.update(parsed[written])
+    return merged
+
+
+def _answer(row: Row[Any], level: Level, counts: Mapping[int, tuple[int, int]], parsed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    if level is Level.PATIENT:
+        return {keyword: tuple(value) for keyword, value in json.loads(row.patient_attributes).items()}
+    merged: dict[str, list[str]] = json.loads(row.study_attributes) if level is Level.STUDY else parents(row, parsed)
+    if level is Level.INSTANCE:
+        merged.update(
+            (keyword, value) for keyword, value in json.loads(row.own_attributes).items() if INDEXED[keyword][0] is Level.INSTANCE
+        )
+    answer = {keyword: tuple(value) for keyword, value in merged.items()}
+    answer["ModalitiesInStudy"] = tuple(members(row.modalities))
+    answer["SOPClassesInStudy"] = tuple(members(row.sop_classes))
+    series, instances = counts[row.study]
+    answer["NumberOfStudyRelatedSeries"] = (str(series),)
+    answer["NumberOfStudyRelatedInstances"] = (str(instances),)
+    if level is not Level.STUDY:
+        answer["NumberOfSeriesRelatedInstances"] = (str(row.in_series),)
+    return answer
+
+
+# -- from queries to conditions ------------------------------------------------------------------------------------------------------
+
+_PAIRS = {
+    "StudyDate": "StudyTime",
+    "SeriesDate": "SeriesTime",
+    "PerformedProcedureStepStartDate": "PerformedProcedureStepStartTime",
+    "ContentDate": "ContentTime",
+}
+
+
+def _conditions(query: Query) -> list[ColumnElement[bool]]:
+    keys = keys_present(query.keys)
+    conditions: list[ColumnElement[bool]] = []
+    if query.combined_datetime:
+        for date, moment in _PAIRS.items():
+            if date in keys and moment in keys and _DEPTH[INDEXED[date][0]] <= _DEPTH[query.level]:
+                pair = (_columns(query.level, date)[0], keys.pop(date)), (_columns(query.level, moment)[0], keys.pop(moment))
+                conditions.append(combined(*pair, keywords=(date, moment)))
+    for keyword, value in keys.items():
+        if keyword == "ModalitiesInStudy" and query.level is not Level.PATIENT:
+            conditions.append(_modality(value))
+            continue
+        if keyword not in INDEXED:
+            raise InvalidQuery(f"{keyword} is no attribute that can be searched by at this level")
+        level, vr = INDEXED[keyword]
+        if _DEPTH[level] > _DEPTH[query.level]:
+            raise InvalidQuery(f"{keyword} is an attribute of a lower level than the search")
+        wanted = condition(keyword, vr, _columns(query.level, keyword), value)
+        if wanted is not None:
+            conditions.append(wanted)
+    return conditions
+
+
+def _columns(level: Level, keyword: str) -> list[Column[Any]]:
+    table = PATIENTS if level is Level.PATIENT else _TABLE_OF[INDEXED[keyword][0]]
+    return [table.c[name] for name in COLUMN_NAMES[keyword]]
+
+
+def _modality(value: str) -> ColumnElement[bool]:
+    """Return the condition that a series of the study has one of the modalities (separated by backslash or comma)."""
+    wanted = [part.strip() for part in value.replace(",", "\\").split("\\") if part.strip()]
+    if any(set(part) & set("*?") for part in wanted):
+        inner = SERIES.alias("any_series")
+        return (
+            select(inner.c.id)
+            .where(inner.c.study_ref == STUDIES.c.id, or_(*(text(inner.c.modality, part) for part in wanted)))
+            .correlate(STUDIES)
+            .exists()
+        )
+    return or_(*(STUDIES.c.modalities.contains(f"\\{part}\\", autoescape=True, escape="!") for part in wanted))
