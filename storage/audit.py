@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import BigInteger, Column, Index, Integer, Row, Table, Text, bindparam, insert, select, update
 
-from storage.database import METADATA, from_micros, to_micros
+from storage.database import METADATA, from_micros, storable, to_micros
 from storage.records import AuditEvent
 
 if TYPE_CHECKING:
@@ -103,10 +103,11 @@ class AuditTrail:
         values = {
             "seq": before + 1,
             "at": to_micros(self._database.clock()),
-            "action": event.action,
-            "outcome": event.outcome,
-            "actor": event.actor,
-            "subject": event.subject,
+            # As they are stored: the hash is over what will be read again.
+            "action": storable(event.action),
+            "outcome": storable(event.outcome),
+            "actor": storable(event.actor),
+            "subject": storable(event.subject),
             "detail": detail,
         }
         values["hash"] = _chain(previous, values)

@@ -68,6 +68,11 @@ def from_micros(micros: int) -> datetime:
     return _EPOCH + timedelta(microseconds=micros)
 
 
+def storable(text: str) -> str:
+    """Return `text` as the database holds it: with U+FFFD in the place of NUL, which PostgreSQL does not take."""
+    return text.replace("\0", "\ufffd")
+
+
 class _Ticket:
     """A unit of work on its way through the writer thread."""
 
@@ -515,7 +520,7 @@ def _backend(url: str, *, key: bytes | None, busy_timeout_s: float, readers: int
 def _without_nul(  # the signature is SQLAlchemy's
     _connection: Connection, _cursor: Any, statement: str, parameters: Any, _context: Any, executemany: bool
 ) -> tuple[str, Any]:
-    """Put U+FFFD in the place of NUL, which PostgreSQL's text cannot hold; on both engines, so that they hold the same."""
+    """Make every text :func:`storable`, on both engines, so that they hold the same."""
     if executemany:
         return statement, [_clean(one) for one in parameters]
     return statement, _clean(parameters)
@@ -532,4 +537,4 @@ def _clean(parameters: Mapping[str, Any] | Sequence[Any]) -> Any:
 
 
 def _replaced(value: Any) -> Any:
-    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
+    return storable(value) if isinstance(value, str) else value

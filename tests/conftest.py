@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from storage.database import Database
+from tests.postgresql_server import PostgresqlServer, started
+
 # No test is timed: the machine may be busy. In CI the examples are the same in every run, so that what fails is what was changed; a
 # developer's runs look for new ones.
 settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -110,3 +113,38 @@ def s3_bucket(
         return endpoint, bucket, folder / bucket
 
     return new
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgresqlServer]:
+    """A PostgreSQL in memory, which flushes nothing; for what must survive a crash start one of your own."""
+    with started(durable=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql_server: PostgresqlServer) -> str:
+    """Return the name of a migrated database; tests have copies made, which is quicker than migrating."""
+    name = "template_node"
+    postgresql_server.execute(f"CREATE DATABASE {name}")
+    database = Database(url=postgresql_server.url(name), key=None)
+    database.migrate()
+    database.close()
+    return name
+
+
+@pytest.fixture
+def postgresql_database(postgresql_server: PostgresqlServer, request: pytest.FixtureRequest) -> Iterator[Callable[..., str]]:
+    """Give the URL of a new database at each call: migrated, or empty with ``migrated=False``."""
+    made: list[str] = []
+
+    def new(*, migrated: bool = True) -> str:
+        name = f"node_{len(made)}"
+        template = request.getfixturevalue("postgresql_template") if migrated else "template0"
+        postgresql_server.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        made.append(name)
+        return postgresql_server.url(name)
+
+    yield new
+    for name in made:
+        postgresql_server.execute(f"DROP DATABASE {name} WITH (FORCE)")

@@ -1,4 +1,4 @@
-"""Fixtures of the storage tests: a whole archive in a temporary folder, over each object store."""
+"""Fixtures of the storage tests: a whole archive in a temporary folder, over each database engine and object store."""
 
 from __future__ import annotations
 
@@ -18,12 +18,26 @@ from tests.storage.support import open_database
 Build = Callable[..., House]
 
 
+ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.peer)]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine in turn: what uses this fixture says the same of both. A test of one of them parametrises it."""
+    return str(request.param)
+
+
 @pytest.fixture
-def houses(tmp_path: Path) -> Iterator[Build]:
-    """Build houses; each call opens the same folder again unless told otherwise."""
+def houses(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Build]:
+    """Build houses; each call opens the same folder and database again unless told otherwise."""
     opened: list[House] = []
+    urls: dict[str, str] = {}
 
     def make(folder: str = "house", **options: Any) -> House:
+        if engine == "postgresql" and "database_url" not in options:
+            if folder not in urls:
+                urls[folder] = request.getfixturevalue("postgresql_database")()
+            options["database_url"] = urls[folder]
         house = build(tmp_path / folder, **options)
         opened.append(house)
         return house
@@ -63,9 +77,26 @@ def template_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(template_database: Path, tmp_path: Path) -> Iterator[Database]:
-    """An empty database, node.db in tmp_path."""
-    shutil.copy(template_database, tmp_path)
-    database = open_database(tmp_path)
+def place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """Return where an empty, migrated database is, for `open_database`: tmp_path or a URL."""
+    if engine == "postgresql":
+        return str(request.getfixturevalue("postgresql_database")())
+    shutil.copy(request.getfixturevalue("template_database"), tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def new_place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """Return where a database without schema is, or can be made."""
+    if engine == "postgresql":
+        return str(request.getfixturevalue("postgresql_database")(migrated=False))
+    (tmp_path / "new").mkdir()
+    return str(tmp_path / "new")
+
+
+@pytest.fixture
+def database(place: str) -> Iterator[Database]:
+    """Open an empty database."""
+    database = open_database(place)
     yield database
     database.close()

@@ -19,9 +19,11 @@ RECEIVED = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
 _NUMBERS = itertools.count(1)
 
 
-def open_database(folder: Path, *, key: bytes = KEY, **options: object) -> Database:
-    """Return the database in `folder`, not migrated."""
-    return Database(url=f"sqlite:///{folder / 'node.db'}", key=key, **options)  # type: ignore[arg-type]
+def open_database(place: Path | str, *, key: bytes = KEY, **options: object) -> Database:
+    """Return the database of a place, not migrated: a folder (SQLite in node.db) or a URL (PostgreSQL)."""
+    if "://" in str(place):
+        return Database(url=str(place), key=None, **options)  # type: ignore[arg-type]
+    return Database(url=f"sqlite:///{place}/node.db", key=key, **options)  # type: ignore[arg-type]
 
 
 def instance(

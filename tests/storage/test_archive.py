@@ -726,7 +726,7 @@ def test_no_identity_in_any_file(house: House) -> None:
             searched += len(content)
             assert not [needle for needle in needles if needle in content], path.name
             assert not [word for word in words if word in path.name]
-    assert searched > 10_000
+    assert searched > 5_000
     assert (house.folder / "node.db-wal").exists()
 
 

@@ -12,8 +12,6 @@ from storage.records import AuditEvent
 from tests.storage.support import RECEIVED, open_database
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from storage.database import Database
 
 
@@ -48,10 +46,16 @@ def test_events_come_back_as_they_were_recorded(database: Database, trail: Audit
     assert trail.events_of("1.2.1")[-1].at == RECEIVED
 
 
-def test_an_untouched_trail_verifies(database: Database, trail: AuditTrail, tmp_path: Path) -> None:
+def test_a_text_with_nul_is_recorded_as_it_is_stored(trail: AuditTrail) -> None:
+    """What a peer called itself cannot break the chain: no database holds NUL, and the hash is over what it holds."""
+    trail.record(AuditEvent("x", "a\0b", "c\0", "\0", {"detail": "\0"}))
+    assert (trail.verify(), [entry.event.outcome for entry in trail.entries()][-1]) == (None, "a\ufffdb")
+
+
+def test_an_untouched_trail_verifies(database: Database, trail: AuditTrail, place: str) -> None:
     """No fault is found in an empty trail, in a full one, nor in one that another process continues."""
     assert trail.verify() is None
-    other = open_database(tmp_path)
+    other = open_database(place)
     AuditTrail(database=other).record(event(10))
     other.close()
     trail.record(event(11))

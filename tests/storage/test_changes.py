@@ -7,7 +7,6 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -41,9 +40,9 @@ def follow(feed: ChangeFeed, cursor: int, *, limit: int = 7) -> Iterator[Change]
         cursor = page.cursor
 
 
-def write_much(folder: str, name: str) -> None:
+def write_much(place: str, name: str) -> None:
     """Write from two threads of this process."""
-    database = open_database(Path(folder))
+    database = open_database(place)
 
     def work(thread: int) -> None:
         for number in range(EACH):
@@ -58,10 +57,10 @@ def write_much(folder: str, name: str) -> None:
 
 
 @contextmanager
-def writers(folder: Path, *names: str) -> Iterator[None]:
+def writers(place: str, *names: str) -> Iterator[None]:
     """Let a process of two threads run for each name."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=write_much, args=(str(folder), name)) for name in names]
+    processes = [context.Process(target=write_much, args=(place, name)) for name in names]
     for process in processes:
         process.start()
     try:
@@ -72,11 +71,11 @@ def writers(folder: Path, *names: str) -> Iterator[None]:
             assert process.exitcode == 0
 
 
-def test_a_reader_sees_each_change_once_and_in_order_while_many_write(database: Database, tmp_path: Path) -> None:
+def test_a_reader_sees_each_change_once_and_in_order_while_many_write(database: Database, place: str) -> None:
     """Followed while two processes of two threads write, the feed is the trail without the rest: nothing missed, twice, or out of order."""
     wanted = 4 * EACH // 2
     seen: list[Change] = []
-    with writers(tmp_path, "1", "2"):
+    with writers(place, "1", "2"):
         for change in follow(ChangeFeed(database=database), 0):
             seen.append(change)
             if len(seen) == wanted:

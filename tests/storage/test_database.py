@@ -1,4 +1,4 @@
-"""Database: durable when it says so, shared by processes, unreadable without its key, never vague about a fault."""
+"""Database, on both engines: durable when it says so, shared by processes, never vague about a fault."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import sqlalchemy.exc
 from sqlalchemy import event, text
-from sqlcipher3 import dbapi2
 
-from storage.database import Database, from_micros, to_micros
+from storage.database import Database, from_micros, storable, to_micros
 from storage.errors import IntegrityError, Unavailable
 from tests.storage.support import KEY, RECEIVED, open_database
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sqlalchemy import Connection
 
 CANARY = "Canary^Patient"
@@ -144,59 +144,6 @@ def test_a_reader_keeps_its_snapshot(database: Database) -> None:
     assert rows(database) == [1]
 
 
-def test_nothing_on_the_disk_is_readable(database: Database, tmp_path: Path) -> None:
-    """No plaintext in database, write-ahead log or shared memory, before and after the log is folded in."""
-    database.write(lambda c: put(c, 1, CANARY))
-
-    def leaks() -> list[str]:
-        contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        assert "node.db" in contents
-        return [
-            name for name, content in contents.items() if CANARY.encode() in content or b"SQLite format" in content or b"audit" in content
-        ]
-
-    assert (tmp_path / "node.db-wal").stat().st_size > 0
-    assert leaks() == []
-    database.close()
-    assert leaks() == []
-
-
-def test_the_files_are_for_the_owner_only(database: Database, tmp_path: Path) -> None:
-    """No file of the database can be read by other users of the machine."""
-    database.write(lambda c: put(c, 1))
-    assert {path.name: oct(path.stat().st_mode & 0o077) for path in tmp_path.iterdir() if path.stat().st_mode & 0o077} == {}
-
-
-def test_settings_that_durability_and_secrecy_rest_on(database: Database) -> None:
-    """Synchronous FULL, write-ahead log, foreign keys and memory-only temporary files hold on writer and readers."""
-    wanted = {"synchronous": 2, "journal_mode": "wal", "foreign_keys": 1, "temp_store": 2}
-
-    def settings(connection: Connection) -> dict[str, object]:
-        return {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in wanted}
-
-    assert database.write(settings) == wanted
-    with database.read() as connection:
-        assert settings(connection) == wanted
-
-
-def test_a_wrong_key_is_named(database: Database, tmp_path: Path) -> None:
-    """Another key raises IntegrityError that speaks of the key ring, for readers, writers and migration."""
-    database.write(lambda c: put(c, 1))
-    other = open_database(tmp_path, key=bytes(32))
-    for attempt in (other.migrate, lambda: other.write(lambda _: None), lambda: rows(other), other.check):
-        with pytest.raises(IntegrityError, match="key ring"):
-            attempt()
-    other.close()
-    assert rows(database) == [1]
-
-
-@pytest.mark.parametrize("key", [None, b"", b"short", bytes(33)])
-def test_no_database_without_a_whole_key(tmp_path: Path, key: bytes | None) -> None:
-    """There is no way to open a database in plaintext or with a cut key."""
-    with pytest.raises(Unavailable, match="32 bytes"):
-        Database(url=f"sqlite:///{tmp_path / 'node.db'}", key=key)
-
-
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://host/name"])
 def test_urls_that_hold_no_durable_database_are_refused(url: str) -> None:
     """An in-memory or unknown database is refused at once."""
@@ -204,110 +151,104 @@ def test_urls_that_hold_no_durable_database_are_refused(url: str) -> None:
         Database(url=url, key=KEY)
 
 
-def test_a_missing_file_is_not_made_by_accident(tmp_path: Path) -> None:
-    """Reading or writing where there is no database fails, names the remedy and leaves no empty file."""
-    database = open_database(tmp_path)
-    for attempt in (lambda: rows(database), lambda: database.write(lambda _: None), database.check):
-        with pytest.raises(Unavailable, match="does not exist"):
-            attempt()
-    database.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_empty_file_and_another_schema_are_named(database: Database, tmp_path: Path) -> None:
-    """A database without schema and one of a newer version say what to do."""
+def test_an_empty_database_and_another_schema_are_named(database: Database, place: str) -> None:
+    """A database of a newer or older version says what to do."""
     for number, remedy in (("9999", "newer version"), ("0000", "older schema")):
         database.write(lambda c, number=number: c.execute(text(f"UPDATE alembic_version SET version_num = '{number}'")))  # noqa: S608
-        other = open_database(tmp_path)
+        other = open_database(place)
         with pytest.raises(Unavailable, match=remedy):
             rows(other)
         with pytest.raises(Unavailable, match=remedy):
             other.write(lambda _: None)
         other.close()
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    (folder / "node.db").touch()
-    with pytest.raises(Unavailable, match="no schema"):
-        rows(open_database(folder))
 
 
-@pytest.mark.parametrize(("pages", "message"), [(slice(0, 1), "key ring"), (slice(1, None), "damaged")])
-def test_a_flipped_bit_is_detected(database: Database, tmp_path: Path, pages: slice, message: str) -> None:
-    """A changed bit in any page is an IntegrityError when the page is read, never other data."""
-    database.write(lambda c: [put(c, n, "x" * 500) for n in range(1, 100)])
-    database.close()
-    path = tmp_path / "node.db"
-    content = bytearray(path.read_bytes())
-    for number in range(len(content) // 4096)[pages]:
-        content[number * 4096 + 2000] ^= 1
-    path.write_bytes(content)
-    broken = open_database(tmp_path)
-    with pytest.raises(IntegrityError, match=message):
-        rows(broken)
-    with pytest.raises(IntegrityError, match=message):
-        broken.write(lambda c: c.execute(text("SELECT * FROM audit")).all())
-    broken.close()
-
-
-def test_a_full_disk_fails_the_write_and_recovers(database: Database) -> None:
-    """SQLITE_FULL makes the write Unavailable with the remedy, nothing of it stays, and the next one works again."""
-    database.write(lambda c: put(c, 1))
-
-    def too_much(connection: Connection) -> None:
-        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
-        for number in range(2, 5000):
-            put(connection, number, "x" * 1000)
-
-    with pytest.raises(Unavailable, match="full"):
-        database.write(too_much)
-    assert rows(database) == [1]
-    database.write(lambda c: put(c, 2))
-    database.check()
-    assert rows(database) == [1, 2]
-
-
-def test_a_lock_held_by_another_process_ends_in_unavailable(database: Database, tmp_path: Path) -> None:
-    """A writer that waits longer than its busy timeout gets Unavailable, reads go on, and it works again afterwards."""
-    database.close()
-    database = open_database(tmp_path, busy_timeout_s=0.2)
-    database.write(lambda _: None)
-    holder = database._backend.connect()
-    holder.execute("BEGIN IMMEDIATE")
-    with pytest.raises(Unavailable, match="write lock"):
-        database.write(lambda c: put(c, 1))
-    assert rows(database) == []
-    holder.execute("ROLLBACK")
-    holder.close()
-    database.write(lambda c: put(c, 1))
-    assert rows(database) == [1]
+def test_a_database_without_schema_is_named(new_place: str) -> None:
+    """Before the first migration everything is refused, with the remedy."""
+    if "://" not in new_place:
+        Path(new_place, "node.db").touch()
+    database = open_database(new_place)
+    for attempt in (lambda: rows(database), lambda: database.write(lambda _: None)):
+        with pytest.raises(Unavailable, match="no schema"):
+            attempt()
     database.close()
 
 
-def test_check_names_a_writer_that_is_stuck(database: Database) -> None:
-    """Readiness fails, and does not hang, while the write lock is held elsewhere."""
-    holder = database._backend.connect()
-    holder.execute("BEGIN IMMEDIATE")
-    with pytest.raises(Unavailable, match="took no write"):
-        database.check(timeout_s=0.05)
-    holder.execute("ROLLBACK")
-    holder.close()
-    database.check()
-
-
-def test_changed_sees_commits_of_anyone_and_only_those(database: Database, tmp_path: Path) -> None:
+def test_changed_sees_commits_of_anyone_and_only_those(database: Database, place: str) -> None:
     """The first call returns at once, a call without a commit in between runs out, a commit through another Database is seen."""
-    assert database.changed(0)
+    assert database.changed(30)
+    while database.changed(0.2):  # PostgreSQL: whoever begins to listen takes it for news
+        pass
     assert not database.changed(0.05)
-    other = open_database(tmp_path)
+    other = open_database(place)
     other.write(lambda c: put(c, 1))
-    assert database.changed(0)
+    assert database.changed(30)
     assert not database.changed(0)
     timer = threading.Timer(0.05, other.write, args=(lambda c: put(c, 2),))
     timer.start()
     assert database.changed(30)
     timer.join()
     other.close()
+
+
+def test_closing_wakes_who_waits_for_a_change(database: Database) -> None:
+    """A thread that waits for commits when the database is closed gets Unavailable."""
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            while True:
+                database.changed(60)
+        except Unavailable as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    database.close()
+    thread.join(30)
+    assert ["closed" in str(error) for error in caught] == [True]
+
+
+def test_a_callback_that_raises_stops_nobody(database: Database) -> None:
+    """What is committed is committed: its caller gets the result, the other callbacks run, and the next write works."""
+    ran: list[str] = []
+
+    def work(connection: Connection) -> int:
+        database.on_commit(lambda: ran.append("first"))
+        database.on_commit(lambda: ran.remove("never"))
+        database.on_commit(lambda: ran.append("last"))
+        return put(connection, 1)
+
+    assert database.write(work) == 1
+    assert database.write(lambda connection: put(connection, 2)) == 2
+    assert (ran, rows(database)) == (["first", "last"], [1, 2])
+
+
+def test_a_swallowed_failure_is_not_committed_by_halves(database: Database) -> None:
+    """A work that goes on after a statement failed either keeps all the rest of it (SQLite) or is refused whole (PostgreSQL)."""
+
+    def work(connection: Connection) -> None:
+        put(connection, 1)
+        with suppress(sqlalchemy.exc.IntegrityError):
+            put(connection, 1)
+
+    with suppress(RuntimeError):
+        database.write(work)
+    database.write(lambda connection: put(connection, 2))
+    assert rows(database) in ([1, 2], [2])
+
+
+def test_text_is_the_same_on_both_engines(database: Database) -> None:
+    """NUL, which PostgreSQL cannot hold, becomes U+FFFD; case, accents and digits are ordered by their bytes; LIKE minds the case."""
+    words = ["a\0b", "B", "a", "\u00e9", "_", "10", "9", "A"]
+    database.write(lambda connection: [put(connection, number, word) for number, word in enumerate(words)])
+    with database.read() as connection:
+        found = connection.execute(text("SELECT action FROM audit ORDER BY action")).scalars().all()
+        like = connection.execute(text("SELECT action FROM audit WHERE action LIKE 'a%' ESCAPE '!' ORDER BY seq")).scalars().all()
+        exact = connection.execute(text("SELECT seq FROM audit WHERE action = :word"), {"word": "a\0b"}).scalars().all()
+    assert found == sorted((storable(word) for word in words), key=str.encode)
+    assert (like, exact) == (["a\ufffdb", "a"], [0])
 
 
 def test_a_closed_database_refuses_work(database: Database) -> None:
@@ -340,10 +281,9 @@ def test_times_are_kept_to_the_microsecond() -> None:
 
 _WRITER = """
 import sys
-from pathlib import Path
 from tests.storage.support import open_database
 from tests.storage.test_database import put
-database = open_database(Path(sys.argv[1]))
+database = open_database(sys.argv[1])
 database.migrate()
 start, step, number = (int(argument) for argument in sys.argv[2:])
 for seq in range(start, start + step * number, step):
@@ -360,21 +300,21 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_two_processes_write_at_once(tmp_path: Path) -> None:
+def test_two_processes_write_at_once(new_place: str) -> None:
     """Two processes create the same new database and write to it at the same time: every row of both is there."""
-    processes = [start(_WRITER, tmp_path, first, 2, 150) for first in (1, 2)]
+    processes = [start(_WRITER, new_place, first, 2, 150) for first in (1, 2)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, "")
-    database = open_database(tmp_path)
+    database = open_database(new_place)
     assert rows(database) == list(range(1, 301))
     database.close()
 
 
 @pytest.mark.parametrize("after", [1, 20, 60])
-def test_sigkill_keeps_what_was_committed(database: Database, tmp_path: Path, after: int) -> None:
+def test_sigkill_keeps_what_was_committed(database: Database, place: str, after: int) -> None:
     """Whatever write() returned from before a SIGKILL is in the database; at most the one in flight is there besides."""
-    process = start(_WRITER, tmp_path, 1, 1, 100_000)
+    process = start(_WRITER, place, 1, 1, 100_000)
     assert process.stdout is not None
     printed = [int(process.stdout.readline()) for _ in range(after)]
     os.kill(process.pid, signal.SIGKILL)
@@ -401,26 +341,3 @@ def test_a_forked_child_is_refused(database: Database) -> None:
             os._exit(0)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_failed_flush_is_never_success(database: Database, tmp_path: Path) -> None:
-    """When flushing fails, the write is Unavailable, and so is every later one and readiness: no retry-and-hope."""
-
-    def fail(connection: Connection) -> None:
-        put(connection, 1)
-        error = dbapi2.OperationalError("disk I/O error")
-        error.sqlite_errorcode = 1034  # SQLITE_IOERR_FSYNC
-        connection.connection.driver_connection.execute("ROLLBACK")  # type: ignore[union-attr]  # as SQLite itself does on such an error
-        raise error
-
-    with pytest.raises(Unavailable, match="input/output error"):
-        database.write(fail)
-    for attempt in (lambda: database.write(lambda c: put(c, 2)), database.check):
-        with pytest.raises(Unavailable, match="until the node is restarted"):
-            attempt()
-    assert rows(database) == []
-    database.close()
-    again = open_database(tmp_path)
-    again.write(lambda c: put(c, 3))
-    assert rows(again) == [3]
-    again.close()

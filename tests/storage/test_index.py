@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,11 +16,10 @@ from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError
 from storage.index import Index
 from storage.matching import pattern
 from storage.records import INDEXED, InstanceRecord, Level, Query, ReportRecord
+from storage.search import statement_of
 from tests.storage.support import instance, open_database
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from storage.database import Database
 
 
@@ -438,26 +438,29 @@ def test_wildcards_match_as_shells_match(database: Database, values: list[str], 
     """For any text, the LIKE pattern in the real database matches exactly what an independent matcher of * and ? matches."""
     expected = [bool(fnmatch.fnmatchcase(value, wanted.replace("[", "[[]"))) for value in values]
     with database.read() as connection:
-        got = [bool(connection.exec_driver_sql("SELECT ? LIKE ? ESCAPE '!'", (value, pattern(wanted))).scalar()) for value in values]
+        like = sqlalchemy.text("SELECT CAST(:value AS TEXT) LIKE CAST(:wanted AS TEXT) ESCAPE '!'")
+        got = [bool(connection.execute(like, {"value": value, "wanted": pattern(wanted)}).scalar()) for value in values]
     assert got == expected
 
 
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)  # its words for a plan
 def test_a_search_reads_its_index_and_sorts_nothing(shelf: Index, database: Database) -> None:
     """A viewer's study list, by whatever it filters, walks the covering index in the order of the answer."""
     keys = {"PatientName": "*a*", "PatientID": "*1*", "ModalitiesInStudy": "XC", "StudyDate": "20000101-", "ReferringPhysicianName": "*q*"}
     query = Query(Level.STUDY, keys, 101)
     with database.read() as connection:
-        compiled = shelf._search(query).compile(connection, compile_kwargs={"literal_binds": True})
+        compiled = statement_of(query).compile(connection, compile_kwargs={"literal_binds": True})
         plan = " ".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}".replace("%%", "%")))
     assert "COVERING INDEX ix_studies_list" in plan
     assert "TEMP B-TREE" not in plan
 
 
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)  # its words for a plan
 @pytest.mark.parametrize("level", [Level.SERIES, Level.INSTANCE])
 def test_a_search_across_studies_sorts_nothing(shelf: Index, database: Database, level: Level) -> None:
     """The first page of all series or instances stops after a page, however many there are."""
     with database.read() as connection:
-        compiled = shelf._search(Query(level, {}, 101)).compile(connection, compile_kwargs={"literal_binds": True})
+        compiled = statement_of(Query(level, {}, 101)).compile(connection, compile_kwargs={"literal_binds": True})
         plan = " ".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}"))
     assert "TEMP B-TREE" not in plan
     within = found(shelf, level, StudyInstanceUID="1.1\\1.2")
@@ -466,10 +469,9 @@ def test_a_search_across_studies_sorts_nothing(shelf: Index, database: Database,
 
 _FILER = """
 import sys
-from pathlib import Path
 from storage.index import Index
 from tests.storage.support import instance, open_database
-database = open_database(Path(sys.argv[1]))
+database = open_database(sys.argv[1])
 index = Index(database=database)
 who = sys.argv[2]
 for number in range(60):
@@ -480,15 +482,15 @@ database.close()
 """
 
 
-def test_two_processes_file_into_one_study(database: Database, index: Index, tmp_path: Path) -> None:
+def test_two_processes_file_into_one_study(index: Index, place: str) -> None:
     """Two processes that file into the same series at once make each row once, and counts and sets hold both."""
-    processes = [subprocess.Popen([sys.executable, "-W", "error", "-c", _FILER, str(tmp_path), who]) for who in ("1", "2")]
+    processes = [subprocess.Popen([sys.executable, "-W", "error", "-c", _FILER, place, who]) for who in ("1", "2")]
     assert [process.wait(120) for process in processes] == [0, 0]
     (study,) = index.match(Query(Level.STUDY))
     assert study.attributes["NumberOfStudyRelatedInstances"] == ("120",)
     assert study.attributes["NumberOfStudyRelatedSeries"] == ("3",)
     assert set(study.attributes["SOPClassesInStudy"]) == {"1.2.840.1.0", "1.2.840.1.1", "1.2.840.2.0", "1.2.840.2.1"}
     assert [match.attributes["NumberOfSeriesRelatedInstances"] for match in index.match(Query(Level.SERIES))] == [("40",)] * 3
-    other = open_database(tmp_path)
+    other = open_database(place)
     assert len(Index(database=other).instances("1.2.3")) == 120
     other.close()

@@ -14,9 +14,6 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import CreateIndex, CreateTable
-from sqlalchemy.sql import ClauseElement
 
 import storage.audit
 import storage.changes
@@ -27,25 +24,18 @@ import storage.nodes
 import storage.study_keys
 import storage.work
 from storage.database import HEAD, METADATA
-from tests.storage.support import open_database
+from storage.records import Level, Query
+from tests.storage.support import instance, open_database
 from tests.storage.test_database import rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Connection
     from sqlalchemy.engine.interfaces import ReflectedIndex
 
     from storage.database import Database
 
-_MODULES = (
-    storage.audit,
-    storage.changes,
-    storage.duties,
-    storage.holds,
-    storage.index,
-    storage.nodes,
-    storage.study_keys,
-    storage.work,
-)
 _VERSIONS = Path(storage.index.__file__).with_name("migrations")
 
 
@@ -70,19 +60,36 @@ def _described(connection: Connection) -> dict[str, object]:
     }
 
 
-def test_the_sum_of_the_migrations_is_the_schema(database: Database, tmp_path: Path) -> None:
+def test_the_sum_of_the_migrations_is_the_schema(database: Database, engine: str, new_place: str) -> None:
     """What the migrations make and what METADATA says are the same, by alembic's comparison and by the inspector's eyes."""
     with database.read() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
+        differences = compare_metadata(MigrationContext.configure(connection), METADATA)
+        if engine == "postgresql":  # the study list's index is shorter there
+            differences = [(what, index) for what, index in differences if index.name != "ix_studies_list"]
+        assert differences == []
         migrated = _described(connection)
-    folder = tmp_path / "made"
-    folder.mkdir()
-    (folder / "node.db").touch()
-    made = open_database(folder)
-    with made._backend.writer.connect() as connection:
+    made = open_database(new_place)
+    with made._backend.migration() as connection:
         METADATA.create_all(connection)
+    with made._backend.writer.connect() as connection:
         assert _described(connection) == migrated
     made.close()
+
+
+@pytest.mark.peer
+def test_postgresql_compares_text_by_bytes_and_holds_long_names(postgresql_database: Callable[..., str]) -> None:
+    """Whatever the database's locale: no column of text has another collation than C, and no index entry can grow too long."""
+    database = open_database(postgresql_database())
+    with database.read() as connection:
+        columns = [column for table in METADATA.sorted_tables for column in inspect(connection).get_columns(table.name)]
+    assert {column["type"].collation for column in columns if str(column["type"]).startswith("TEXT")} == {"C"}
+    keywords = ("PatientName", "PatientID", "AccessionNumber", "StudyDescription", "StudyID", "ReferringPhysicianName")
+    name = "".join(chr(0x20000 + number * 37 % 0xA000) for number in range(250))  # 1000 bytes that nothing can compress
+    longest = {keyword: f"{name}={name[1:]}={name[2:]}" if keyword.endswith(("tName", "nName")) else name[3:] for keyword in keywords}
+    index = storage.index.Index(database=database)
+    database.write(lambda connection: index.add(connection, instance(longest)))
+    assert index.count(Query(Level.STUDY, {"StudyDescription": name[3:13] + "*"})) == 1
+    database.close()
 
 
 def test_head_is_the_newest_revision() -> None:
@@ -106,8 +113,9 @@ _MIGRATE = """
 import os, signal, sys
 from pathlib import Path
 from sqlalchemy import event
-from tests.storage.support import open_database
-database = open_database(Path(sys.argv[1]))
+from storage.records import Level, Query
+from tests.storage.support import instance, open_database
+database = open_database(sys.argv[1])
 statements = int(sys.argv[2])
 def stop(*_):
     global statements
@@ -120,15 +128,15 @@ database.close()
 """
 
 
-def _migrate(folder: Path, statements: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-W", "error", "-c", _MIGRATE, str(folder), str(statements)])
+def _migrate(place: str, statements: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-W", "error", "-c", _MIGRATE, place, str(statements)])
 
 
 @pytest.mark.parametrize("statements", [1, 4, 9, 20])
-def test_a_killed_migration_is_undone_and_repeated(tmp_path: Path, statements: int) -> None:
+def test_a_killed_migration_is_undone_and_repeated(new_place: str, statements: int) -> None:
     """SIGKILL before the n-th statement leaves no half schema: the next start migrates by itself (threats row 26)."""
-    assert _migrate(tmp_path, statements).wait(60) == -signal.SIGKILL
-    database = open_database(tmp_path)
+    assert _migrate(new_place, statements).wait(60) == -signal.SIGKILL
+    database = open_database(new_place)
     with database._backend.writer.connect() as connection:
         assert inspect(connection).get_table_names() == []
     database.migrate()
@@ -136,29 +144,10 @@ def test_a_killed_migration_is_undone_and_repeated(tmp_path: Path, statements: i
     database.close()
 
 
-def test_many_processes_may_start_at_once(tmp_path: Path) -> None:
-    """Four processes migrate the same new file: all succeed, the schema is made once."""
-    processes = [_migrate(tmp_path, 0) for _ in range(4)]
+def test_many_processes_may_start_at_once(new_place: str) -> None:
+    """Four processes migrate the same new database: all succeed, the schema is made once."""
+    processes = [_migrate(new_place, 0) for _ in range(4)]
     assert [process.wait(120) for process in processes] == [0] * 4
-    database = open_database(tmp_path)
+    database = open_database(new_place)
     database.check()
     database.close()
-
-
-def test_every_statement_compiles_for_postgresql() -> None:
-    """Tables, indexes and all prepared statements of index, queue and audit trail are taken by PostgreSQL's compiler too."""
-    dialect = postgresql.dialect()
-    for table in METADATA.sorted_tables:
-        assert str(CreateTable(table).compile(dialect=dialect))
-        for index in table.indexes:
-            assert str(CreateIndex(index).compile(dialect=dialect))
-    prepared = [
-        statement
-        for module in _MODULES
-        for value in vars(module).values()
-        for statement in (value if isinstance(value, tuple) else (value,))
-        if isinstance(statement, ClauseElement) and statement.__visit_name__ in {"select", "insert", "update"}
-    ]
-    assert len(prepared) > 20
-    compiled = [str(statement.compile(dialect=dialect)) for statement in prepared]
-    assert any("FOR UPDATE SKIP LOCKED" in statement for statement in compiled)
