@@ -16,9 +16,7 @@ RFC 3394 AES Key Wrap
 from __future__ import annotations
 
 import base64
-import json
 import logging
-import re
 import secrets
 import threading
 import time
@@ -26,25 +24,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 from sqlalchemy import BigInteger, Column, Integer, Row, Table, Text, bindparam, delete, func, insert, select, update
 
 from storage.database import METADATA, from_micros, to_micros
 from storage.errors import IntegrityError, Unavailable
 from storage.failpoints import unarmed
-from storage.keys import Ring, derive_key
+from storage.keys import Ring
+from storage.study_key import StudyKey, document_name, read_document, write_document
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from storage.database import Database
+
+__all__ = ["STUDY_KEYS", "StudyKey", "StudyKeys", "document_name"]
 
 STUDY_KEYS: Final = Table(
     "study_keys",
@@ -75,10 +73,6 @@ _LEFT = (
 _COUNT_LEFT = select(func.count()).select_from(STUDY_KEYS).where(_T.wrapping_key_id != bindparam("primary"))
 _USED = select(_T.id).where(_T.wrapping_key_id == bindparam("key_id")).limit(1)
 
-_FORMAT: Final = "dicom-node study key 1"
-_ID: Final = re.compile(r"[0-9a-f]{32}")
-_DOCUMENT_BYTES: Final = 65_536
-_DOCUMENT_PURPOSE: Final = b"dicom-node study key document 1"
 _BATCH: Final = 64
 _PARALLEL: Final = 4
 _STRIPES: Final = 64
@@ -89,23 +83,6 @@ PutDocument = Callable[[str, bytes], None]
 DeleteDocument = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class StudyKey:
-    """A key of one study, opened."""
-
-    id: str
-    """32 hexadecimal digits, random."""
-    study_instance_uid: str
-    secret: bytes = field(repr=False)
-    """32 bytes; wraps data keys."""
-    wrapping_key_id: str
-    wrapped: bytes = field(repr=False)
-    """The secret as the ring wrapped it."""
-    created_at: datetime
-    stored: bool = False
-    """Whether its document is known to be in the object store."""
-
-
 @dataclass(slots=True)
 class _Held:
     """What a process remembers of a study key."""
@@ -114,11 +91,6 @@ class _Held:
     until: float
     in_table: bool
     """Whether a row of it has been seen: if that row is gone, the key was erased."""
-
-
-def document_name(study_key_id: str) -> str:
-    """Return the name of a study key's document in the object store."""
-    return f"keys/{study_key_id[:2]}/{study_key_id}"
 
 
 class StudyKeys:
@@ -311,19 +283,8 @@ class StudyKeys:
     # -- documents ---------------------------------------------------------------------------------------------------------------
 
     def document(self, study_key: StudyKey) -> bytes:
-        """Return what the object store keeps of a key: JSON, the UID of the study encrypted under the key itself."""
-        plain = {
-            "format": _FORMAT,
-            "id": study_key.id,
-            "wrapping_key_id": study_key.wrapping_key_id,
-            "wrapped": _text(study_key.wrapped),
-            "created_at": study_key.created_at.isoformat(),
-        }
-        # the derived key serves this one message, the same whenever it is written: a constant nonce repeats nothing else
-        study = _document_cipher(study_key.secret).encrypt(
-            bytes(12), study_key.study_instance_uid.encode("ascii"), _bound(study_key.id, plain["created_at"])
-        )
-        return json.dumps({**plain, "study": _text(study)}, sort_keys=True).encode() + b"\n"
+        """Return what the object store keeps of a key under `document_name`."""
+        return write_document(study_key)
 
     def from_document(self, content: bytes) -> StudyKey:
         """Return the key that a document keeps; the way back of `document`.
@@ -335,23 +296,7 @@ class StudyKeys:
         Unavailable
             The key service cannot be used now.
         """
-        try:
-            if len(content) > _DOCUMENT_BYTES:
-                raise ValueError("length")  # noqa: TRY301 - one sentence for all that is wrong with it
-            found: dict[str, str] = json.loads(content)
-            if found["format"] != _FORMAT or not _ID.fullmatch(found["id"]):
-                raise ValueError("format")  # noqa: TRY301
-            wrapped, study = (base64.b64decode(found[name], validate=True) for name in ("wrapped", "study"))
-            created_at = datetime.fromisoformat(found["created_at"])
-            wrapping_key_id = str(found["wrapping_key_id"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"a study key's document is damaged ({type(error).__name__}): restore it from another copy") from error
-        secret = self._ring.unwrap(wrapping_key_id, wrapped, found["id"])
-        try:
-            uid = _document_cipher(secret).decrypt(bytes(12), study, _bound(found["id"], found["created_at"])).decode("ascii")
-        except (InvalidTag, ValueError) as error:
-            raise IntegrityError("the document of a study key was changed: restore it from another copy") from error
-        return StudyKey(found["id"], uid, secret, wrapping_key_id, wrapped, created_at, stored=True)
+        return read_document(content, self._ring.unwrap)
 
     def publish(self, study_key_id: str, *, put_document: PutDocument, delete_document: DeleteDocument) -> None:
         """Put the document of a key into the object store and record that; safe beside a rotation and an erasure of the same key.
@@ -620,14 +565,6 @@ def _values(key: StudyKey, *, stored: bool) -> dict[str, Any]:
         "stored": int(stored),
         "created_at": to_micros(key.created_at),
     }
-
-
-def _document_cipher(secret: bytes) -> AESGCM:
-    return AESGCM(derive_key(secret, salt=None, info=_DOCUMENT_PURPOSE))
-
-
-def _bound(study_key_id: str, created_at: str) -> bytes:
-    return f"{study_key_id} {created_at}".encode()
 
 
 def _text(secret: bytes) -> str:
