@@ -29,12 +29,14 @@ run: $(VENV)/runtime  ## start the node with the embedded defaults
 test: $(VENV)/development  ## everything that needs no system package
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not peer'
 
-peers:  ## install DCMTK, dicom3tools, Orthanc and the like (needs root)
+peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL and the like (needs root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-		dcmtk dicom3tools eatmydata gcc libc6-dev orthanc orthanc-dicomweb strace python3-venv >/dev/null
-	@# Debian starts an Orthanc of its own; the tests start theirs on ports of their own.
+		dcmtk dicom3tools eatmydata gcc libc6-dev orthanc orthanc-dicomweb postgresql strace \
+		python3-venv >/dev/null
+	@# Debian starts an Orthanc and a PostgreSQL of its own; the tests start theirs on ports of their own.
 	@service orthanc stop >/dev/null 2>&1 || true
+	@service postgresql stop >/dev/null 2>&1 || true
 
 interop: $(VENV)/development  ## tests against the peers
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m peer
