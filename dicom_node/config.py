@@ -262,13 +262,14 @@ class RouteSection(Section):
 class WebhookSection(Section):
     """One subscriber of the change feed."""
 
-    name: Name = Field(description="How logs and the cursor call it; a new name starts with what happens from now on.")
+    name: Name = Field(description="How logs and the cursor call it; the cursor is kept under it.")
     url: str = Field(pattern=r"^https?://\S+$", description="Where changes are posted; https unless it is this machine.")
     secrets: tuple[SecretStr, ...] = Field(
-        description="Of the signature (HMAC-SHA256), at least 16 characters each; two while one is being changed."
+        description="Of the signature (HMAC-SHA256), at least 32 characters each; two while one is being changed."
     )
     kinds: tuple[str, ...] = Field((), description="Changes wanted, as docs/changefeed.md names them; empty: all.")
     ca_file: Path | None = Field(None, description="Certificates of the authority of the receiver (PEM).")
+    from_beginning: bool = Field(default=False, description="Whether a new subscriber is told all that ever happened.")
 
 
 class Settings(Section):
@@ -356,8 +357,8 @@ def _incoherences(settings: Settings) -> list[str]:
     for name in sorted({name for name in hooks if hooks.count(name) > 1}):
         faults.append(f"webhooks: the name {name!r} stands twice; give each subscriber a name of its own")
     for index, hook in enumerate(settings.webhooks):
-        if not hook.secrets or any(len(secret.get_secret_value()) < 16 for secret in hook.secrets):
-            faults.append(f"webhooks.{index}.secrets: give one or two secrets of at least 16 characters")
+        if not hook.secrets or any(len(secret.get_secret_value()) < 32 for secret in hook.secrets):
+            faults.append(f"webhooks.{index}.secrets: give one or two secrets of at least 32 characters")
         if hook.url.startswith("http://") and not is_loopback(urlsplit(hook.url).hostname or ""):
             faults.append(f"webhooks.{index}.url: what is not this machine needs https")
     return faults
@@ -500,7 +501,11 @@ def example_toml() -> str:
 _EXAMPLES: Mapping[str, Mapping[str, str]] = {
     "peers": {"name": '"pacs"', "ae_title": '"PACS"', "host": '"192.0.2.10"', "port": "104"},
     "routes": {"to": '["pacs"]'},
-    "webhooks": {"name": '"ris"', "url": '"https://ris.example/hook"', "secrets": '["a secret of 16 characters or more"]'},
+    "webhooks": {
+        "name": '"ris"',
+        "url": '"https://ris.example/hook"',
+        "secrets": '["32 characters or more, for example of openssl rand -hex 32"]',
+    },
 }
 
 

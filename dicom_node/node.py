@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from storage.keys import Ring
 from storage.nodes import SEEN_EVERY_S
 
 if TYPE_CHECKING:
+    from dicom_node.webhooks import WebhookSender
     from inference.bundle import ModelBundle
     from inference.report import NodeIdentity
 
@@ -197,7 +199,7 @@ def _roles(settings: Settings) -> list[str]:
         roles.append("web")
     if settings.inference.enabled:
         roles += ["worker"] * settings.inference.workers
-    if settings.delivery.enabled:
+    if settings.delivery.enabled or settings.webhooks:
         roles.append("courier")
     roles.append("mover")
     return roles
@@ -380,6 +382,7 @@ def _web(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threadin
     from dicomweb.context import WebLimits
     from dicomweb.multipart import MultipartLimits
     from dicomweb.server import serve
+    from storage.changes import ChangeFeed
 
     app = make_app(
         archive=parts.archive,
@@ -392,6 +395,7 @@ def _web(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threadin
         public_url=settings.dicomweb.public_url,
         trusted_proxy=settings.dicomweb.trusted_proxy,
         cors_origins=settings.dicomweb.cors_origins,
+        changefeed=ChangeFeed(database=parts.database) if settings.dicomweb.changefeed else None,
         meter=metrics,
     )
 
@@ -454,18 +458,58 @@ def _courier(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thre
         if "seconds" in labels:
             metrics.seconds("deliver", labels["seconds"])
 
-    courier = Courier(
-        archive=parts.archive,
-        queue=parts.queue,
-        peers=peers_of(settings),
-        sender=StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s),
+    with ThreadPoolExecutor(1, thread_name_prefix="webhooks") as pool:
+        sending = pool.submit(_webhooks(settings, parts, metrics).run, stop) if settings.webhooks else None
+        if sending is not None:
+            sending.add_done_callback(lambda _: stop.set())  # should it end by a fault, the process ends and the supervisor makes another
+        ready()
+        if settings.delivery.enabled:
+            Courier(
+                archive=parts.archive,
+                queue=parts.queue,
+                peers=peers_of(settings),
+                sender=StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s),
+                reach=failpoint_from_environment(os.environ),
+                heartbeat_s=settings.node.lease_s / 3,
+                wait=parts.database.changed,
+                observe=observe,
+            ).run(stop)
+        stop.wait()
+        if sending is not None:
+            sending.result()
+
+
+def _webhooks(settings: Settings, parts: Storehouse, metrics: Metrics) -> WebhookSender:
+    from dicom_node.webhooks import Webhook, WebhookSender
+    from storage.changes import KINDS
+
+    def observe(event: str, **labels: Any) -> None:
+        metrics.webhook(subscriber=labels["subscriber"], outcome=event.removeprefix("webhook."))
+
+    hooks = []
+    for index, hook in enumerate(settings.webhooks):
+        secrets = tuple(secret.get_secret_value() for secret in hook.secrets)
+        try:
+            hooks.append(
+                Webhook(
+                    name=hook.name,
+                    url=hook.url,
+                    secrets=secrets,
+                    kinds=frozenset(hook.kinds) or KINDS,
+                    ca_file=hook.ca_file,
+                    from_beginning=hook.from_beginning,
+                )
+            )
+        except ValueError as error:
+            raise StartError(f"webhooks.{index}.{error}") from error
+    return WebhookSender(
+        database=parts.database,
+        audit=parts.audit,
+        webhooks=hooks,
+        holder=f"{parts.node_id} {os.getpid()}",
         reach=failpoint_from_environment(os.environ),
-        heartbeat_s=settings.node.lease_s / 3,
-        wait=parts.database.changed,
         observe=observe,
     )
-    ready()
-    courier.run(stop)
 
 
 def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:

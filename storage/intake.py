@@ -104,6 +104,7 @@ class Intake:
         """
         self._require_open()
         try:
+            self._file.reserve(memoryview(chunk).nbytes)
             self._scanner.feed(chunk)
             self._sealer.update(chunk)
         except StorageError as error:

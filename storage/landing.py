@@ -33,7 +33,7 @@ class Landing:
     min_free_bytes
         Below this much free space nothing more is taken in.
     max_bytes_in_flight
-        Above so many bytes that lie in open landing files of this process nothing more is taken in; 0: no limit.
+        Above so many bytes that this process received and has not committed nothing more is taken in; 0: no limit.
     """
 
     def __init__(self, root: Path, *, min_free_bytes: int, max_bytes_in_flight: int = 0) -> None:
@@ -174,10 +174,8 @@ class LandingFile:
         self._in_flight = 0
 
     def write(self, chunk: Buffer) -> None:
-        """Append `chunk`; Unavailable when the disk takes no more, or too much is in flight."""
+        """Append `chunk`."""
         view = memoryview(chunk).cast("B")
-        self._landing.flown(len(view))
-        self._in_flight += len(view)
         self._until_check -= len(view)
         if self._until_check < 0:
             self._until_check = _SPACE_EVERY
@@ -187,6 +185,11 @@ class LandingFile:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:
             raise self._landing.failure(error) from error
+
+    def reserve(self, byte_count: int) -> None:
+        """Count bytes that were received for this file; Unavailable when too much is in flight."""
+        self._landing.flown(byte_count)
+        self._in_flight += byte_count
 
     def flush(self) -> None:
         """Bring the bytes to the disk; on return a power cut cannot take them."""
@@ -205,6 +208,7 @@ class LandingFile:
             os.close(self._descriptor)
             self._descriptor = -1
             self._landing.flown(-self._in_flight)
+            self._in_flight = 0
 
     def discard(self) -> None:
         """Close and remove; no error when the store has consumed the file."""

@@ -91,7 +91,7 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         ('[keys]\nring = "kms"', "keys.kms_key_id:"),
         ('[database]\nurl = "postgresql://x"', "archive.store: with a PostgreSQL database"),
         (
-            '[[webhooks]]\nname = "a"\nurl = "http://192.0.2.1/x"\nsecrets = ["0123456789abcdef"]',
+            '[[webhooks]]\nname = "a"\nurl = "http://192.0.2.1/x"\nsecrets = ["0123456789abcdef0123456789abcdef"]',
             "webhooks.0.url: what is not this machine",
         ),
         ('[[webhooks]]\nname = "a"\nurl = "https://h/x"\nsecrets = ["short"]', "webhooks.0.secrets:"),
