@@ -47,15 +47,15 @@ from sqlalchemy import (
     bindparam,
     delete,
     func,
-    insert,
     literal_column,
     or_,
     select,
     union_all,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 
-from storage.database import METADATA, BigId, from_micros, generated_id, to_micros, utc_now
+from storage.database import METADATA, BigId, from_micros, to_micros, utc_now
 from storage.errors import LeaseLost, StorageError
 from storage.records import Job, JobKind, JobState, NewJob
 
@@ -179,7 +179,11 @@ _SAME = select(JOBS.c.id).where(
     JOBS.c.lane == _LANE,
     JOBS.c.payload_digest == bindparam("digest"),
 )
-_ENQUEUE = insert(JOBS)
+# The job is new nearly always: one round trip then, two for the same again.
+_ENQUEUE: Final[Mapping[str, Any]] = {
+    name: made(JOBS).on_conflict_do_nothing(index_elements=("sop_instance_uid", "kind", "lane", "payload_digest")).returning(JOBS.c.id)
+    for name, made in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
+}
 _JOBS_OF = select(JOBS).where(JOBS.c.sop_instance_uid == bindparam("uid")).order_by(JOBS.c.id)
 _COUNTS = tuple(select(JOBS.c.kind, JOBS.c.state, func.count()).where(part).group_by(JOBS.c.kind, JOBS.c.state) for part in (_LIVE, _ENDED))
 _OLDEST = (
@@ -268,12 +272,8 @@ class WorkQueue:
         """
         payload = json.dumps(dict(job.payload), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(payload.encode()).hexdigest()[:32] if job.payload else ""
-        same = {"uid": job.sop_instance_uid, "kind_": job.kind.value, "lane_": job.lane, "digest": digest}
-        found = connection.execute(_SAME, same).scalar()
-        if found is not None:
-            return int(found)
         made = connection.execute(
-            _ENQUEUE,
+            _ENQUEUE[connection.dialect.name],
             {
                 "kind": job.kind.value,
                 "state": JobState.READY.value,
@@ -290,8 +290,11 @@ class WorkQueue:
                 "result": "{}",
                 "home": job.home,
             },
-        )
-        return generated_id(made)
+        ).scalar()
+        if made is None:
+            same = {"uid": job.sop_instance_uid, "kind_": job.kind.value, "lane_": job.lane, "digest": digest}
+            made = connection.execute(_SAME, same).scalar_one()
+        return int(made)
 
     def claim(self, kind: JobKind, *, lane: str | None = None, owner: str) -> Job | None:
         """Claim the job of `kind` (and `lane`) that is due longest, None when none is due.
