@@ -25,7 +25,7 @@ import errno
 from collections.abc import Mapping
 from typing import Any
 
-from storage.errors import InstanceNotFound, IntegrityError, InvalidInstance, InvalidQuery, StorageError, Unavailable
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError, InvalidInstance, InvalidQuery, StorageError, Unavailable
 
 
 class WebError(Exception):
@@ -110,6 +110,7 @@ TITLES: Mapping[int, str] = {
 TABLE: Mapping[type[StorageError], tuple[int, str]] = {
     # error of the archive: (status, what the client is told: never the message, which may name an object)
     InstanceNotFound: (404, "no such study, series or instance under this parent"),
+    ColdObject: (503, "the instances lie in cold storage; their restore has begun, ask again after the time that Retry-After says"),
     Unavailable: (503, "the archive cannot be read or written now; nothing was lost, try again later"),
     IntegrityError: (500, "the stored bytes failed their integrity check; the operator has been alarmed"),
     InvalidInstance: (500, "the stored instance cannot be read"),
@@ -132,7 +133,8 @@ def from_storage(error: StorageError) -> WebError:
     status, detail = next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
     if error.retryable and disk_full(error):
         status, detail = 507, "the archive's disk is full; nothing was lost, try again when the operator has made room"
-    web = WebError(detail or str(error), headers={"Retry-After": "30"} if error.retryable else None)
+    retry_after_s = error.retry_after_s if isinstance(error, ColdObject) else 30
+    web = WebError(detail or str(error), headers={"Retry-After": str(retry_after_s)} if error.retryable else None)
     web.status = status
     return web
 

@@ -200,8 +200,7 @@ class Retrieve:
 
     def _openable(self, records: Sequence[InstanceRecord]) -> None:
         """Raise now what would otherwise break an answer that has begun."""
-        for record in records:
-            self._services.archive.open(record.summary.sop_instance_uid).close()
+        self._services.archive.require_readable(records)
 
     def _data_set(self, stored: StoredInstance) -> DataSet:
         return DataSet(stored.read, stored.record.summary.transfer_syntax_uid, inflate_bytes=self._services.limits.inflate_bytes)

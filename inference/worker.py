@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from inference.errors import InferenceError, UnsupportedPixels
 from inference.pixels import decode_frames, source_header
 from inference.records import Failure, ImageAnalysis, Report, ReportContext, ReportReference
-from storage.errors import LeaseLost, StorageError, Unavailable
+from storage.errors import ColdObject, LeaseLost, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import InstanceRecord, Job, JobKind, JobState, NewReport, Origin
 
@@ -241,7 +241,8 @@ class Worker:
     def _postponed(self, job: Job, error: Unavailable) -> None:
         """Give the job back: disk, store or database are away, which is no fault of the picture and must not use up its tries."""
         try:
-            self._queue.release(job, after_s=self._postpone_s, reason=str(error))
+            after_s = error.retry_after_s if isinstance(error, ColdObject) else self._postpone_s
+            self._queue.release(job, after_s=after_s, reason=str(error))
         except LeaseLost:
             return
         _log.warning("analysis.postponed", extra={"job": job.id, "reason": str(error)})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from storage.admission import Admission, OnConflict, actor_of, event_of
 from storage.database import utc_now
-from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
+from storage.erasure import Erasure
+from storage.errors import ColdObject, ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
+from storage.holds import Holds
 from storage.intake import Intake
 from storage.landing import Landing
 from storage.places import Acknowledge, Places
+from storage.quarantine import Quarantine
 from storage.reconcile import Reconciliation, remove_orphans, verify
 from storage.records import (
     Announced,
@@ -62,6 +66,8 @@ ENDED_BADLY: Final[Mapping[JobKind, str]] = {
     JobKind.ARCHIVE: "instance.damaged",
 }
 """Audit action of a job that is dead."""
+
+_HEADS_AT_ONCE = 8
 
 _log = logging.getLogger(__name__)
 
@@ -135,11 +141,13 @@ class Archive:
         self._landing = Landing(landing, min_free_bytes=min_free_bytes, max_bytes_in_flight=max_bytes_in_flight)
         self._limits = limits
         self._acknowledge = acknowledge
+        self._jobs_for = jobs_for
         self._on_conflict = on_conflict
         self._accept_sop_class = accept_sop_class
         self._reach = reach
         self._clock = clock
         self._node_id = node_id
+        self._holds = Holds(database=database, audit=audit)
         self._places = Places(store=store, spool=spool, cache=cache, node_id=node_id)
         self._admission = Admission(
             database=database,
@@ -251,6 +259,47 @@ class Archive:
         """
         record = self._index.find(sop_instance_uid)
         return StoredInstance(record, self._open_object(record), self._study_keys, self._damaged)
+
+    def require_readable(self, records: Sequence[InstanceRecord]) -> None:
+        """Look that the objects of all these instances are there and can be read, before an answer of many begins.
+
+        A remote store is asked for their heads, several at a time. Of cold objects the restore is started, of all of them at once.
+
+        Raises
+        ------
+        ColdObject
+            Some have to be restored first; with the longest time until then.
+        IntegrityError
+            One is gone, or is not as long as what was stored. The alarm is in the audit trail.
+        Unavailable
+            Store or database cannot give them now.
+        """
+        if not self._places.remote:
+            for record in records:
+                StoredInstance(record, self._open_object(record), self._study_keys, self._damaged).close()
+            return
+        cold: list[ColdObject] = []
+        with ThreadPoolExecutor(min(_HEADS_AT_ONCE, max(len(records), 1)), thread_name_prefix="heads") as pool:
+            for found in pool.map(self._readable, records):
+                if found is not None:
+                    cold.append(found)
+        if cold:
+            raise max(cold, key=lambda error: error.retry_after_s)
+
+    def _readable(self, record: InstanceRecord) -> ColdObject | None:
+        """Look at one object; return the error of a cold one, whose restore was started."""
+        try:
+            if record.landed_on:
+                self._open_object(record).close()
+                return None
+            info = self._store.stat(record.sealed.object_key)
+            if info.cold or info.byte_count != record.sealed.byte_count:
+                self._open_object(record).close()
+        except ColdObject as error:
+            return error
+        except InstanceNotFound:
+            self._open_object(record).close()  # raises the alarm
+        return None
 
     def _open_object(self, record: InstanceRecord) -> ObjectReader:
         try:
@@ -550,6 +599,33 @@ class Archive:
         if orphan_grace is not None:
             removed += remove_orphans(index=self._index, store=self._store, older_than=self._clock() - orphan_grace)
         return removed
+
+    def erasure(self) -> Erasure:
+        """Return what erases studies and patients."""
+        return Erasure(
+            database=self._database,
+            index=self._index,
+            queue=self._queue,
+            audit=self._audit,
+            study_keys=self._study_keys,
+            places=self._places,
+            holds=self._holds,
+            reach=self._reach,
+        )
+
+    def quarantine(self) -> Quarantine:
+        """Return what shows, accepts and drops what was kept aside."""
+        return Quarantine(
+            database=self._database,
+            index=self._index,
+            queue=self._queue,
+            audit=self._audit,
+            study_keys=self._study_keys,
+            places=self._places,
+            holds=self._holds,
+            jobs_for=self._jobs_for,
+            reach=self._reach,
+        )
 
     def requeue(self, *, job_id: int | None = None, kind: JobKind | None = None) -> int:
         """Let a dead or finished job run again, or every dead job of a kind; return how many. The audit trail keeps it.
