@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from storage.archive import ENDED_BADLY
 from storage.objects import ObjectStore
 from storage.records import JobKind, JobState
 from tests.faults.history import Entry, entries_of
@@ -208,7 +209,7 @@ def _recorded(case: _Case, state: State) -> Iterable[Violation]:
                 yield Violation("P6", uid, "delivered without a record")
             if job.kind is JobKind.ANALYSE and job.state is JobState.DONE and not state.audit[uid]["analysis.concluded"]:
                 yield Violation("P6", uid, "analysed without a record")
-            if job.state is JobState.DEAD and DIED not in job.reason and not state.audit[uid]["analysis.refused"]:
+            if job.state is JobState.DEAD and DIED not in job.reason and not state.audit[uid][ENDED_BADLY[job.kind]]:
                 yield Violation("P6", uid, "given up without a record")
     for entry in case.of["refused"]:
         if entry.detail.get("conflict") and not state.audit.get(entry.uid, Counter())["instance.quarantined"]:

@@ -256,6 +256,7 @@ class Schedule:
                 house.close()
                 house = None
             shutil.rmtree(self._folder)
+            self._ballast.unlink(missing_ok=True)  # a copy may need more blocks than what it was made from
             _copy(self._photograph, self._folder)
             shutil.rmtree(self._photograph)
             if self._rng.random() < 0.7:
@@ -417,6 +418,7 @@ class Schedule:
 
     def _rotate(self, house: House) -> None:
         ring_file = self._folder / "keys.json"
+        self._say("fault", name="rotation")
         with suppress(StorageError):
             Ring.add(ring_file)
             house.ring.holds("")  # looks at the file now; else within a second
@@ -525,14 +527,19 @@ class Schedule:
         for number, variant in sorted(self._acked.items()):
             uid = self._picture(number, variant).sop_instance_uid
             self._say("queried", uid, found=_knows(house.archive, uid))
-        house.study_keys.publish_all(put_document=house.store.put_document, delete_document=house.store.delete_document)
+        # An operator whose rotation was broken off runs it again, as it asks for.
+        house.study_keys.rotate(put_document=house.store.put_document, delete_document=house.store.delete_document)
         house.archive.sweep(orphan_grace=timedelta(minutes=-10))
-        known = {object_.object_key for object_ in house.index.all_objects()}
-        for path in (self._folder / "landed").rglob("*"):
-            if path.is_file() and path.name not in known:
-                path.unlink()
+        self._sweep_spool(house)
         self._say("ended")
         return house
+
+    def _sweep_spool(self, house: House) -> None:
+        """Remove landed files that no row says to be landed: a process died between its commit and their removal."""
+        for path in (self._folder / "landed").rglob("*"):
+            record = house.index.record_of_object(path.name) if path.is_file() else None
+            if path.is_file() and (record is None or not record.landed_on):
+                path.unlink()
 
     def _lose_one(self) -> None:
         """Negative control: the store loses an object that nobody will send again."""
@@ -580,6 +587,8 @@ def _copy(source: Path, target: Path) -> None:
                 _copy(Path(entry.path), target / entry.name)
             else:
                 with suppress(FileNotFoundError):
+                    if entry.name.endswith("-shm"):
+                        continue  # SQLite makes it anew when nobody has it open
                     shutil.copy2(entry.path, target / entry.name)
 
 

@@ -175,7 +175,7 @@ def never_deliver(kept: State) -> None:  # noqa: D103
 
 def give_the_delivery_up(kept: State) -> None:  # noqa: D103
     kept.jobs[REPORT] = [job(JobKind.DELIVER, REPORT, JobState.DEAD, reason="refused")]
-    kept.audit[REPORT]["analysis.refused"] = 1
+    kept.audit[REPORT]["delivery.given_up"] = 1
 
 
 def leave_a_file(kept: State) -> None:  # noqa: D103
