@@ -32,14 +32,14 @@ def test_a_cold_study_is_restored_and_then_given(tmp_path: Path, monkeypatch: py
                     answer = door.get(path)
                     assert answer.status == 503
                     assert answer.headers["retry-after"] == "300"
-                    assert "restore" in answer.problem()["detail"]
+                    assert "restore" in answer.problem["detail"]
                 assert bucket.count("restore") == 3
                 with pytest.raises(ColdObject):
                     house.read(samples[2].sop_instance_uid)
                 bucket.finish_restores()
                 answer = door.get(f"/studies/{study}")
                 assert answer.status == 200
-                bodies = b"".join(body for _, body in answer.parts())
+                bodies = b"".join(body for _, body in answer.parts)
                 assert all(sample.data_set in bodies for sample in samples)
         finally:
             house.close()
