@@ -232,8 +232,8 @@ class Index:
             connection.execute(_SET_SETS, {"ref": series.study_ref, "modalities_": sets.modalities, "classes_": classes})
         return _KnownSeries(series.study_ref, series.series_ref, series.parents, frozenset(members(classes)))
 
-    def quarantine(self, connection: Connection, record: InstanceRecord, reason: str) -> bool:
-        """Note an instance that is kept aside, for an operator to judge.
+    def quarantine(self, connection: Connection, record: InstanceRecord, reason: str, *, at: datetime | None = None) -> bool:
+        """Note an instance that is kept aside (`at`: since when, if not now), for an operator to judge.
 
         Returns
         -------
@@ -253,7 +253,7 @@ class Index:
                 "series_instance_uid": summary.series_instance_uid,
                 **_storage_values(record, attributes),
                 "reason": reason,
-                "quarantined_at": to_micros(self._database.clock()),
+                "quarantined_at": to_micros(at or self._database.clock()),
             },
         )
         return True
@@ -261,10 +261,28 @@ class Index:
     def quarantined(self) -> list[QuarantinedInstance]:
         """Return what is in quarantine, oldest first."""
         with self._database.read() as connection:
-            rows = connection.execute(select(QUARANTINE).order_by(QUARANTINE.c.id)).all()
+            return self.quarantined_in(connection)
+
+    def quarantined_in(
+        self,
+        connection: Connection,
+        *,
+        quarantine_id: int | None = None,
+        study_instance_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+    ) -> list[QuarantinedInstance]:
+        """Return what is in quarantine, oldest first: all, or that of a number, a study, an instance."""
+        statement = select(QUARANTINE).order_by(QUARANTINE.c.id)
+        for column, wanted in (
+            (QUARANTINE.c.id, quarantine_id),
+            (QUARANTINE.c.study_instance_uid, study_instance_uid),
+            (QUARANTINE.c.sop_instance_uid, sop_instance_uid),
+        ):
+            if wanted is not None:
+                statement = statement.where(column == wanted)
         return [
             QuarantinedInstance(row.id, _record(row, json.loads(row.attributes)), row.reason, from_micros(row.quarantined_at))
-            for row in rows
+            for row in connection.execute(statement)
         ]
 
     # -- finding -----------------------------------------------------------------------------------------------------------------
@@ -287,6 +305,13 @@ class Index:
         """Return the record of an instance as the transaction of `connection` sees it, None when there is none."""
         row = connection.execute(_FIND, {"uid": sop_instance_uid}).first()
         return None if row is None else _record(row, _own_words(row, {}))
+
+    def has_study_in(self, connection: Connection, study_instance_uid: str) -> bool:
+        """Tell whether anything of a study is archived or in quarantine."""
+        return any(
+            connection.execute(select(table.c.id).where(table.c.study_instance_uid == study_instance_uid).limit(1)).first() is not None
+            for table in (STUDIES, QUARANTINE)
+        )
 
     def instances(
         self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None
@@ -343,11 +368,15 @@ class Index:
     def record_of_object(self, object_key: str) -> InstanceRecord | None:
         """Return the record, archived or in quarantine, whose object this is; None when no row names it."""
         with self._database.read() as connection:
-            row = connection.execute(_RECORD.where(INSTANCES.c.object_key == object_key)).first()
-            if row is not None:
-                return _record(row, _own_words(row, {}))
-            row = connection.execute(select(QUARANTINE).where(QUARANTINE.c.object_key == object_key)).first()
-            return None if row is None else _record(row, json.loads(row.attributes))
+            return self.record_of_object_in(connection, object_key)
+
+    def record_of_object_in(self, connection: Connection, object_key: str) -> InstanceRecord | None:
+        """As `record_of_object`, in the caller's transaction."""
+        row = connection.execute(_RECORD.where(INSTANCES.c.object_key == object_key)).first()
+        if row is not None:
+            return _record(row, _own_words(row, {}))
+        row = connection.execute(select(QUARANTINE).where(QUARANTINE.c.object_key == object_key)).first()
+        return None if row is None else _record(row, json.loads(row.attributes))
 
     # -- reports and objects -----------------------------------------------------------------------------------------------------
 

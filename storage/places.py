@@ -65,6 +65,21 @@ class Places:
         self._cached_bytes = cached_bytes
 
     @property
+    def spool(self) -> DirectoryStore | None:
+        """Spool of this node, for those who take care of it."""
+        return self._spool
+
+    @property
+    def cache(self) -> ReadCache | None:
+        """Cache of this node, for those who take care of it."""
+        return self._cache
+
+    @property
+    def node_id(self) -> str:
+        """Of the node whose spool it is."""
+        return self._node_id
+
+    @property
     def remote(self) -> bool:
         """Whether to put an object is a journey."""
         return self.store.remote
@@ -169,7 +184,17 @@ class Places:
                 )
         finally:
             reader.close()
-        self.store.put(object_key, self._spool.path_of(object_key), record.sealed, tags={"role": record.role})
+        path, tags = self._spool.path_of(object_key), {"role": record.role}
+        try:
+            self.store.put(object_key, path, record.sealed, tags=tags)
+        except IntegrityError as error:
+            # The spool's bytes were compared a moment ago: the store kept other bytes of an earlier try and could not be asked then.
+            _log.warning("store.spoilt", extra={"object_key": object_key, "reason": str(error)})
+            try:
+                self.require_whole(replace(record, landed_on=""))
+            except (InstanceNotFound, IntegrityError):
+                self.store.delete(object_key)
+                self.store.put(object_key, path, record.sealed, tags=tags)
 
     def settle(self, sealed: SealedObject) -> None:
         """After the commit that says so: what was brought is in the store, the spool's file becomes a cached copy, or goes."""
@@ -190,6 +215,20 @@ class Places:
             self._spool.delete(object_key)
         if not record.landed_on or versions:
             self.store.delete(object_key, versions=versions)
+
+    def erase(self, object_key: str) -> None:
+        """Remove an object for good: every version in the store, and what this node has of it."""
+        if self._cache is not None:
+            self._cache.drop(object_key)
+        if self._spool is not None:
+            self._spool.delete(object_key, versions=True)
+        self.store.delete(object_key, versions=True)
+
+    def erase_document(self, name: str) -> None:
+        """Remove a document for good, from store and spool."""
+        if self._spool is not None:
+            self._spool.delete_document(name)
+        self.store.delete_document(name)
 
     def landed(self) -> Iterator[str]:
         """Yield the keys of the objects in the spool."""
