@@ -48,11 +48,13 @@ def _instance(instance: Told) -> Iterator[str]:
     if instance.get("source_sop_instance_uid"):
         yield f"    about     {instance['source_sop_instance_uid']}"
     yield f"    received  {_received(instance['received'])}"
-    yield f"    sealed    object {instance['object']['key']} under key {instance['object']['key_id']}"
+    yield f"    sealed    object {instance['object']['key']} under study key {instance['object']['key_id']}"
+    if instance["object"]["landed_on"]:
+        yield f"    lies on   the disk of node {instance['object']['landed_on']}, whose mover brings it into the store"
     yield f"    digest    {instance['digest']} (SHA-256 of the data set as received)"
     for job in instance["jobs"]:
         yield from _job(job)
-    if instance["role"] == "source" and not instance["jobs"]:
+    if instance["role"] == "source" and not any(job["kind"] == "analyse" for job in instance["jobs"]):
         yield "    analysis  none: not a colour photograph of a class that is analysed, or analysis is switched off"
     for report in instance["reports"]:
         yield f"    {report['kind']:<9} {report['sop_instance_uid']}, {_name(report['sop_class_uid'])}, {_size(report['byte_count'])}"
@@ -65,7 +67,7 @@ def _instance(instance: Told) -> Iterator[str]:
 
 
 def _job(job: Told) -> Iterator[str]:
-    label = "analysis" if job["kind"] == "analyse" else job["kind"]
+    label = {"analyse": "analysis", "archive": "to store"}.get(job["kind"], job["kind"])
     result = job["result"]
     text = f"{STATES[job['state']]}, attempt {job['attempts']}" if job["attempts"] else STATES[job["state"]]
     if job["state"] == "done":

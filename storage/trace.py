@@ -121,6 +121,7 @@ def _identity(record: InstanceRecord) -> dict[str, Any]:
             "key_id": record.sealed.key_id,
             "byte_count": record.sealed.byte_count,
             "sha256": record.sealed.sha256,
+            "landed_on": record.landed_on,
         },
     }
 
