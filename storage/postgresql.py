@@ -21,7 +21,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -185,10 +185,17 @@ class PostgresqlBackend:
         """End it; a rollback would make the driver forget the statements that it has prepared."""
         _say(connection, "COMMIT")
 
-    def begin_write(self, connection: Connection, *, ordered: bool) -> None:
+    def begin_write(self, connection: Connection, *, ordered: bool, ask_revision: bool) -> str | None:
         """Begin, wait for the turn, and begin the first savepoint, in one round trip."""
         turn = f"SELECT pg_advisory_xact_lock({_ORDER}); " if ordered else ""
-        _say(connection, f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {turn}SAVEPOINT work")
+        question = "; SELECT version_num FROM alembic_version" if ask_revision else ""
+        answers = _say(connection, f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {turn}SAVEPOINT work{question}")
+        if not ask_revision:
+            return None
+        while answers.nextset():
+            pass
+        found = answers.fetchone()
+        return None if found is None else str(found[0])
 
     def next_savepoint(self, connection: Connection) -> None:
         """End the savepoint and begin the next."""
@@ -232,6 +239,11 @@ class PostgresqlBackend:
             yield connection
             _compare_by_bytes(connection)
             _shorten_index(connection)
+
+    def freeze(self, connection: Connection, tables: Sequence[str]) -> None:
+        """Lock the tables against writing; reading goes on."""
+        limit = f"{_MIGRATION_S * 1000:.0f}"
+        _say(connection, f"SET LOCAL idle_in_transaction_session_timeout = {limit}; LOCK TABLE {', '.join(tables)} IN SHARE MODE")
 
     def weaknesses(self, connection: Connection) -> list[str]:
         """Return what of the server's settings may cost acknowledged data."""
@@ -371,10 +383,10 @@ def _is_this_machine(host: str) -> bool:
         return False
 
 
-def _say(connection: Connection, statements: str) -> None:
-    """Run statements without values or answers, in one round trip."""
+def _say(connection: Connection, statements: str) -> Any:
+    """Run statements without values, in one round trip."""
     driver: Any = connection.connection.driver_connection
-    driver.execute(statements, prepare=False)
+    return driver.execute(statements, prepare=False)
 
 
 def _status(connection: Connection) -> TransactionStatus:

@@ -9,7 +9,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -109,10 +109,12 @@ class SqliteBackend:
     def end_read(self, connection: Connection) -> None:
         """Nothing: the pool rolls back."""
 
-    def begin_write(self, connection: Connection, *, ordered: bool) -> None:  # noqa: ARG002 - the write lock orders everything
+    def begin_write(self, connection: Connection, *, ordered: bool, ask_revision: bool) -> str | None:  # noqa: ARG002 - all are
         """Take the write lock and begin the first savepoint."""
         _say(connection, "BEGIN IMMEDIATE")
+        found = _say(connection, "SELECT version_num FROM alembic_version").fetchone() if ask_revision else None
         _say(connection, "SAVEPOINT work")
+        return None if found is None else str(found[0])
 
     def next_savepoint(self, connection: Connection) -> None:
         """End the savepoint and begin the next."""
@@ -181,6 +183,9 @@ class SqliteBackend:
         finally:
             os.close(handle)
 
+    def freeze(self, connection: Connection, tables: Sequence[str]) -> None:
+        """Nothing: who writes has the only write lock."""
+
     def weaknesses(self, connection: Connection) -> list[str]:  # noqa: ARG002 - the same question for every engine
         """Return none: the settings that durability rests on are made at each connection."""
         return []
@@ -230,9 +235,9 @@ class SqliteBackend:
         return None
 
 
-def _say(connection: Connection, statement: str) -> None:
+def _say(connection: Connection, statement: str) -> Any:
     driver: Any = connection.connection.driver_connection
-    driver.execute(statement)
+    return driver.execute(statement)
 
 
 def _code(error: BaseException) -> int:
