@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from dicom_node import config
+from dicom_node.cli_archive import duties, erase, hold_app, migrate, nodes, quarantine_app
 from dicom_node.cli_keys import keys_app
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
 from storage.records import AuditEvent, JobKind
@@ -18,12 +19,16 @@ from storage.records import AuditEvent, JobKind
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="A DICOM node for dermatology: archives encrypted, analyses, answers with Structured Reports.")  # fmt: skip
 app.add_typer(keys_app, name="keys")
+app.add_typer(hold_app, name="hold")
+app.add_typer(quarantine_app, name="quarantine")
 
 
 @app.command()
 def serve(
     config_file: ConfigOption = None,
-    role: Annotated[str | None, typer.Option(help="Run one role alone: dimse, web, worker or courier. Default: all, supervised.")] = None,
+    role: Annotated[
+        str | None, typer.Option(help="Run one role alone: dimse, web, worker, courier or mover. Default: all, supervised.")
+    ] = None,
     lifeline: Annotated[int, typer.Option(hidden=True)] = -1,
     status: Annotated[int, typer.Option(hidden=True)] = -1,
 ) -> None:
@@ -184,19 +189,6 @@ def requeue(
 
 
 @app.command()
-def quarantine(config_file: ConfigOption = None) -> None:
-    """List what was put aside: instances whose UID was known with other content, or whose study belongs to another patient."""
-    from dicom_node import storehouse, tracing
-
-    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        kept = parts.index.quarantined()
-        for one in kept:
-            for line in tracing.quarantined(one.record, one.reason, one.quarantined_at):
-                typer.echo(line)
-        err.print(f"{len(kept)} in quarantine", style="dim")
-
-
-@app.command()
 def verify(config_file: ConfigOption = None) -> None:
     """Re-read every object: digests against the index, both directions, and the audit chain."""
     from dicom_node import storehouse
@@ -210,6 +202,10 @@ def verify(config_file: ConfigOption = None) -> None:
             raise fail(
                 "the archive is not intact; the lines above name each object. Keep the data, restore the objects from a copy, verify again"
             )
+
+
+for command in (nodes, duties, erase, migrate):
+    app.command()(command)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydicom.uid import UID
 
+from storage.index import QuarantinedInstance
 from storage.records import InstanceRecord
 
 Told = Mapping[str, Any]
@@ -29,15 +30,32 @@ def lines(found: Told) -> Iterator[str]:
             yield f"  {_moment(event['at'])}  {event['action']}: {event['outcome']} ({event['actor']})"
 
 
-def quarantined(record: InstanceRecord, reason: str, since: datetime) -> Iterator[str]:
+def quarantined(one: QuarantinedInstance) -> Iterator[str]:
     """Lay out one instance in quarantine."""
-    summary, origin = record.summary, record.origin
-    yield f"instance {summary.sop_instance_uid}"
+    summary, origin = one.record.summary, one.record.origin
+    yield f"number {one.id}: instance {summary.sop_instance_uid}"
     yield f"  study     {summary.study_instance_uid}"
     sender = origin.calling_ae_title or origin.address
-    yield f"  since     {since:%Y-%m-%d %H:%M:%S} UTC, by {DOORS.get(origin.door, origin.door)} from {sender}"
-    yield f"  object    {record.sealed.object_key}, digest {summary.sha256}"
-    yield f"  reason    {reason}"
+    yield f"  since     {one.quarantined_at:%Y-%m-%d %H:%M:%S} UTC, by {DOORS.get(origin.door, origin.door)} from {sender}"
+    yield f"  object    {one.record.sealed.object_key}, digest {summary.sha256}"
+    yield f"  reason    {one.reason}"
+
+
+def beside(one: QuarantinedInstance, archived: InstanceRecord | None) -> Iterator[str]:
+    """Lay out one instance in quarantine, and where it differs from the archived one of its UID."""
+    yield from quarantined(one)
+    if archived is None:
+        yield "  archived  no instance of this UID"
+        return
+    yield f"  archived  received {archived.origin.received_at:%Y-%m-%d %H:%M:%S} UTC, digest {archived.summary.sha256}"
+    ours, theirs = archived.summary, one.record.summary
+    for name in ("sop_class_uid", "study_instance_uid", "series_instance_uid", "transfer_syntax_uid", "byte_count"):
+        if getattr(ours, name) != getattr(theirs, name):
+            yield f"  differs   {name}: archived {getattr(ours, name)}, in quarantine {getattr(theirs, name)}"
+    for keyword in sorted(ours.attributes.keys() | theirs.attributes.keys()):
+        mine, other = ours.attributes.get(keyword, ()), theirs.attributes.get(keyword, ())
+        if mine != other:
+            yield f"  differs   {keyword}: archived {' '.join(mine) or '(none)'}, in quarantine {' '.join(other) or '(none)'}"
 
 
 def _instance(instance: Told) -> Iterator[str]:

@@ -165,6 +165,11 @@ class Archive:
             reach=reach,
         )
 
+    @property
+    def places(self) -> Places:
+        """Where its objects lie, for those who take care of them."""
+        return self._places
+
     # --- commit 1: admit ---------------------------------------------------------------------------------------------
 
     def receive(

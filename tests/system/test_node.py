@@ -252,7 +252,7 @@ def test_conflict_is_refused_and_listed(node: RunningNode, tmp_path: Path) -> No
     data_set.save_as(saved)
     assert "refused, 0x0111" in node.command("send", saved, expect=1).stdout
     assert "refused, 0x0111" in node.command("send", saved, "--to", node.base_url, expect=1).stdout
-    assert f"instance {uid}" in node.command("quarantine").stdout
+    assert f"instance {uid}" in node.command("quarantine", "list").stdout
     assert node.trace(uid)["instances"][0]["digest"] == before
 
 

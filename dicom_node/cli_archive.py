@@ -1,0 +1,187 @@
+"""Commands of those who look after the archive: nodes, duties, legal holds, erasure, quarantine, moving the database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
+
+hold_app = typer.Typer(no_args_is_help=True, help="Legal holds: studies that neither retention nor an operator may erase.")
+quarantine_app = typer.Typer(no_args_is_help=True, help="Instances put aside: their UID was known with other content, or another patient.")
+
+OPERATOR = "operator"
+
+StudyArgument = Annotated[str, typer.Argument(help="Study Instance UID.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the audit trail.")]
+NumberArgument = Annotated[int, typer.Argument(help="Its number, as `quarantine list` shows it.")]
+
+
+def nodes(config_file: ConfigOption = None) -> None:
+    """List the nodes that share the database, and when each was seen last."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        table = Table("node", "host", "data folder", "version", "started", "seen")
+        for one in parts.nodes.all():
+            seen = f"{one.seen_at:%Y-%m-%d %H:%M:%S}" if one.seen_at.year > 1970 else "stopped"
+            mark = " (this one)" if one.node_id == parts.node_id else ""
+            table.add_row(one.node_id + mark, one.host, one.data_dir, one.version, f"{one.started_at:%Y-%m-%d %H:%M:%S}", seen)
+        out.print(table)
+
+
+def duties(config_file: ConfigOption = None) -> None:
+    """List what the nodes do by themselves from time to time: when it was done last, how it ended, when it is due."""
+    from dicom_node import storehouse
+    from storage.duties import Duties
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        table = Table("duty", "last round ended", "outcome", "due", "under way at")
+        for duty in Duties(database=parts.database, holder="").all():
+            ended = f"{duty.finished_at:%Y-%m-%d %H:%M:%S}" if duty.finished_at else "never"
+            table.add_row(duty.name, ended, duty.outcome, f"{duty.due_at:%Y-%m-%d %H:%M:%S}", duty.holder)
+        out.print(table)
+
+
+@hold_app.command("place")
+def hold_place(study_instance_uid: StudyArgument, reason: ReasonOption, config_file: ConfigOption = None) -> None:
+    """Put a study under hold, whether or not it is here yet."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        new = parts.holds.place(study_instance_uid, reason=reason, actor=OPERATOR)
+        typer.echo("under hold" if new else "it was under hold already; nothing was changed")
+
+
+@hold_app.command("lift")
+def hold_lift(study_instance_uid: StudyArgument, reason: ReasonOption, config_file: ConfigOption = None) -> None:
+    """End the hold of a study."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        if not parts.holds.lift(study_instance_uid, reason=reason, actor=OPERATOR):
+            raise fail("this study is not under hold; `dicom-node hold list` shows those that are")
+        typer.echo("the hold is lifted")
+
+
+@hold_app.command("list")
+def hold_list(config_file: ConfigOption = None) -> None:
+    """List the studies under hold."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        for hold in parts.holds.all():
+            typer.echo(f"{hold.study_instance_uid}  since {hold.placed_at:%Y-%m-%d %H:%M:%S} UTC by {hold.placed_by}: {hold.reason}")
+
+
+def erase(
+    reason: ReasonOption,
+    study: Annotated[str, typer.Option("--study", help="Study Instance UID.", show_default=False)] = "",
+    patient: Annotated[str, typer.Option("--patient", help="Patient ID: every study of the patient.", show_default=False)] = "",
+    issuer: Annotated[str, typer.Option("--issuer", help="Issuer of the Patient ID, if there is one.", show_default=False)] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Erase a study or a patient for good: rows, objects of every version, and the keys, so that no copy anywhere opens any more."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        if bool(study) == bool(patient):
+            raise fail("name a study by --study, or a patient by --patient")
+        what = f"study {study}" if study else f"every study of patient {patient}"
+        if not yes and not typer.confirm(f"Erase {what}? It cannot be undone", err=True):
+            raise typer.Exit(1)
+        erasure = storehouse.erasure(parts)
+        if study:
+            erased = erasure.erase_study(study, actor=OPERATOR, reason=reason)
+        else:
+            erased = erasure.erase_patient(patient, issuer, actor=OPERATOR, reason=reason)
+        typer.echo(
+            f"{len(erased.study_instance_uids)} studies, {erased.instances} instances, {len(erased.study_key_ids)} study keys erased; "
+            "backups of the database keep the wrapped keys until they are gone themselves (docs/operations.md)"
+        )
+        if not erased.complete:
+            raise fail(f"{erased.left} objects or documents could not be deleted now; their keys are gone, the sweep deletes the rest")
+
+
+@quarantine_app.command("list")
+def quarantine_list(config_file: ConfigOption = None) -> None:
+    """List what was put aside, oldest first."""
+    from dicom_node import storehouse, tracing
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        kept = storehouse.quarantine(parts).all()
+        for one in kept:
+            for line in tracing.quarantined(one):
+                typer.echo(line)
+        err.print(f"{len(kept)} in quarantine", style="dim")
+
+
+@quarantine_app.command("show")
+def quarantine_show(number: NumberArgument, config_file: ConfigOption = None) -> None:
+    """Show one, beside the archived instance of its UID."""
+    from dicom_node import storehouse, tracing
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        one, archived = storehouse.quarantine(parts).show(number)
+        for line in tracing.beside(one, archived):
+            typer.echo(line)
+
+
+@quarantine_app.command("accept")
+def quarantine_accept(number: NumberArgument, reason: ReasonOption, config_file: ConfigOption = None) -> None:
+    """Archive it in the place of the instance of its UID, which is put aside in its stead; it is analysed anew."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        record = storehouse.quarantine(parts).accept(number, actor=OPERATOR, reason=reason)
+        typer.echo(f"accepted: {record.summary.sop_instance_uid}")
+
+
+@quarantine_app.command("drop")
+def quarantine_drop(
+    number: NumberArgument,
+    reason: ReasonOption,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Delete it for good."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        if not yes and not typer.confirm(f"Delete number {number} of the quarantine? It cannot be undone", err=True):
+            raise typer.Exit(1)
+        storehouse.quarantine(parts).drop(number, actor=OPERATOR, reason=reason)
+        typer.echo("deleted")
+
+
+def migrate(
+    to: Annotated[Path, typer.Option("--to", help="Configuration file whose [database] is the new one; it must be empty.")],
+    config_file: ConfigOption = None,
+) -> None:
+    """Move index, queue and audit trail into another database, for example from SQLite to PostgreSQL; the node may run.
+
+    While it copies, senders are told to try again. At the end the old database refuses every use: start the node with the new
+    configuration.
+    """
+    from dicom_node import storehouse
+    from storage.copying import move_database
+    from storage.keys import Ring
+
+    with faults_as_sentences():
+        old, new = settings_of(config_file), settings_of(to)
+        ring = Ring.load(old.ring_file)
+        source, target = storehouse.open_database(old, ring), storehouse.open_database(new, Ring.load(new.ring_file))
+        try:
+            target.migrate()
+            with progress_bar("moving") as progress:
+                counted = move_database(source, target, lambda _table, rows: progress(rows, None))
+        finally:
+            source.close()
+            target.close()
+        for name, rows in counted.items():
+            typer.echo(f"{rows:>9}  {name}")
+        typer.echo(f"every table compared. The old database is retired: stop the node, and start it with --config {to}")
