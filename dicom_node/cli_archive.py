@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
+from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, settings_of
 
 hold_app = typer.Typer(no_args_is_help=True, help="Legal holds: studies that neither retention nor an operator may erase.")
 quarantine_app = typer.Typer(no_args_is_help=True, help="Instances put aside: their UID was known with other content, or another patient.")
@@ -25,12 +24,21 @@ def nodes(config_file: ConfigOption = None) -> None:
     from dicom_node import storehouse
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        table = Table("node", "host", "data folder", "version", "started", "seen")
-        for one in parts.nodes.all():
-            seen = f"{one.seen_at:%Y-%m-%d %H:%M:%S}" if one.seen_at.year > 1970 else "stopped"
-            mark = " (this one)" if one.node_id == parts.node_id else ""
-            table.add_row(one.node_id + mark, one.host, one.data_dir, one.version, f"{one.started_at:%Y-%m-%d %H:%M:%S}", seen)
-        out.print(table)
+        print_rows(
+            ("node", "host", "version", "started", "seen", "data folder"),
+            [
+                (
+                    one.node_id + (" *" if one.node_id == parts.node_id else ""),
+                    one.host,
+                    one.version,
+                    f"{one.started_at:%Y-%m-%d %H:%M:%S}",
+                    f"{one.seen_at:%Y-%m-%d %H:%M:%S}" if one.seen_at.timestamp() else "stopped",
+                    one.data_dir,
+                )
+                for one in parts.nodes.all()
+            ],
+        )
+        err.print("* this node; times are UTC", style="dim")
 
 
 def duties(config_file: ConfigOption = None) -> None:
@@ -39,11 +47,19 @@ def duties(config_file: ConfigOption = None) -> None:
     from storage.duties import Duties
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        table = Table("duty", "last round ended", "outcome", "due", "under way at")
-        for duty in Duties(database=parts.database, holder="").all():
-            ended = f"{duty.finished_at:%Y-%m-%d %H:%M:%S}" if duty.finished_at else "never"
-            table.add_row(duty.name, ended, duty.outcome, f"{duty.due_at:%Y-%m-%d %H:%M:%S}", duty.holder)
-        out.print(table)
+        print_rows(
+            ("duty", "last round ended", "due", "under way at", "outcome"),
+            [
+                (
+                    duty.name,
+                    f"{duty.finished_at:%Y-%m-%d %H:%M:%S}" if duty.finished_at else "never",
+                    f"{duty.due_at:%Y-%m-%d %H:%M:%S}",
+                    duty.holder,
+                    duty.outcome,
+                )
+                for duty in Duties(database=parts.database, holder="").all()
+            ],
+        )
 
 
 @hold_app.command("place")

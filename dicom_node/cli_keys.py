@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
+from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, settings_of
 from storage.records import AuditEvent
 
 keys_app = typer.Typer(no_args_is_help=True, help="The ring of wrapping keys.")
@@ -73,12 +72,19 @@ def keys_list(config_file: ConfigOption = None) -> None:
         except Unavailable as error:
             err.print(f"how many study keys each wraps is not known: {error}", style="dim")
             counts = None
-        table = Table("key", "made", "use", "wraps", "where")
-        for key in Ring.shown(settings.ring_file):
-            use = "primary" if key.primary else "older"
-            wraps = "" if counts is None else f"{counts.get(key.key_id, 0)} study keys"
-            table.add_row(key.key_id, key.created_at.isoformat(timespec="seconds"), use, wraps, key.place or "ring file")
-        out.print(table)
+        print_rows(
+            ("key", "made", "use", "wraps", "where"),
+            [
+                (
+                    key.key_id,
+                    f"{key.created_at:%Y-%m-%d %H:%M:%S}",
+                    "primary" if key.primary else "older",
+                    "?" if counts is None else f"{counts.get(key.key_id, 0)} study keys",
+                    key.place or "ring file",
+                )
+                for key in Ring.shown(settings.ring_file)
+            ],
+        )
 
 
 @keys_app.command("rotate")
