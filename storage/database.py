@@ -235,20 +235,20 @@ class Database:
             self._raise_as_ours(error)
 
     def _begun(self) -> Connection:
-        """Return a read connection on which a snapshot was begun; on a new one if the one in the pool was lost meanwhile."""
-        for last in (False, True):
+        """Return a read connection on which a snapshot was begun, instead of those in the pool that were lost meanwhile."""
+        while True:
             connection = self._backend.reader.connect()
+            new = "used" not in connection.info
             try:
                 self._backend.begin_read(connection)
             except BaseException as error:
                 connection.invalidate()
                 connection.close()
-                if last or not self._backend.lost(error):
+                if new or not self._backend.lost(error):
                     raise
-                self._backend.reader.dispose()
             else:
+                connection.info["used"] = True
                 return connection
-        raise AssertionError
 
     def changed(self, timeout: float) -> bool:
         """Wait until anyone, in any process, has committed since this thread last asked; the first call returns at once.

@@ -88,6 +88,25 @@ class PostgresqlServer:
         """Stop it: smart, fast, or immediate, which is a crash with recovery at the next start."""
         self._run("pg_ctl", "stop", "-w", "-s", "-t", "60", "-m", mode, "-D", str(self._data))
 
+    def as_standby(self) -> None:
+        """Start it as a standby, which is read but takes no writes until it is promoted."""
+        (self._data / "standby.signal").touch()
+        self.start()
+
+    def promote(self) -> None:
+        """Make a standby the primary, and wait until it is."""
+        self._run("pg_ctl", "promote", "-w", "-s", "-t", "60", "-D", str(self._data))
+
+    def present(self, certificate: Path, private_key: Path) -> None:
+        """Offer TLS with this certificate from now on."""
+        for source, name in ((certificate, "server.crt"), (private_key, "server.key")):
+            target = self._data / name
+            shutil.copy(source, target)
+            target.chmod(0o600)
+            os.chown(target, self._user.pw_uid, self._user.pw_gid)
+        self.execute("ALTER SYSTEM SET ssl = on")
+        self._run("pg_ctl", "reload", "-s", "-D", str(self._data))
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the server and all of its processes."""
         parent = int((self._data / "postmaster.pid").read_text().splitlines()[0])

@@ -42,10 +42,8 @@ def fill(database: Database, number: int = INSTANCES) -> None:
 def content(database: Database) -> Mapping[str, list[tuple[object, ...]]]:
     """Return every row of every table."""
     with database.read() as connection:
-        return {
-            table.name: [tuple(row) for row in connection.execute(select(table).order_by(*table.primary_key))]
-            for table in METADATA.sorted_tables
-        }
+        ordered = {table.name: select(table).order_by(*table.primary_key) for table in METADATA.sorted_tables}
+        return {name: [tuple(row) for row in connection.execute(rows)] for name, rows in ordered.items()}
 
 
 @pytest.fixture
