@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from storage.errors import LeaseLost
+from storage.errors import LeaseLost, StorageError
 from storage.failpoints import unarmed
+from storage.keys import Ring
+from storage.mover import Mover
 from storage.records import Job, JobKind, JobState, NewReport, Outcome
-from tests.storage.house import House, build
+from tests.faults.site import NODE_ID, Site
+from tests.storage.house import House
 from tests.storage.samples import Sample, photograph, report
 
 PEERS = ("pacs", "viewer")
@@ -25,6 +28,8 @@ INTAKE_STEPS = (
     "intake.opened", "intake.first_chunk", "intake.sealed", "landing.flushed", "object.renamed", "directory.flushed",
     "index.begin", "index.written", "index.committed", "receipt.ready",
 )  # fmt: skip
+MOVE_STEPS = ("bring.claimed", "bring.key_published", "bring.put", "bring.written", "bring.committed", "bring.settled")
+ROTATE_STEPS = ("rotate.wrapped", "rotate.document", "rotate.row")
 WORK_STEPS = ("report.stored", "conclude.begin", "conclude.written", "conclude.committed", "acknowledge.committed")
 
 
@@ -47,8 +52,11 @@ def report_of(seed: int) -> Sample:
     return report(source=source, sop=f"{source.study_instance_uid}.9", text=hashlib.sha256(source.data_set).hexdigest().encode())
 
 
-def work_off(house: House, say: Callable[[str], None] = lambda _: None) -> None:
-    """Conclude every analysis and acknowledge every delivery that is due, as worker and courier do."""
+def work_off(house: House, say: Callable[[str], None] = lambda _: None, *, reach: Callable[[str], None] = unarmed) -> None:
+    """Bring what landed, conclude every analysis and acknowledge every delivery that is due, as Mover, worker and courier do."""
+    mover = Mover(archive=house.archive, queue=house.queue, reach=reach)
+    while mover.bring_once():
+        continue
     while (job := house.queue.claim(JobKind.ANALYSE, owner="harness")) is not None:
         seed = seed_of(job.sop_instance_uid)
         made = NewReport("summary", report_of(seed).data_set, deliver_to=PEERS, models={"harness": "1"})
@@ -57,6 +65,30 @@ def work_off(house: House, say: Callable[[str], None] = lambda _: None) -> None:
     for peer in PEERS:
         while (job := house.queue.claim(JobKind.DELIVER, lane=peer, owner="harness")) is not None:
             _unless_lost(house.archive.acknowledge, job, status=0)
+    while mover.bring_once():  # the reports
+        continue
+
+
+def rotate(house: House) -> None:
+    """Change the wrapping key, and take the former ones out of the ring where nothing needs them any more."""
+    ring_file = house.folder / "keys.json"
+    Ring.add(ring_file)
+    house.ring.holds("")  # looks at the file at once
+    house.study_keys.rotate(put_document=house.store.put_document, delete_document=house.store.delete_document)
+    for key in Ring.shown(ring_file):
+        if not key.primary:
+            house.study_keys.retire(key.key_id)
+
+
+def sweep_spool(house: House) -> int:
+    """Remove spool files that no row says to be landed, as a duty of the node does; return how many."""
+    removed = 0
+    for path in (house.folder / "landed").rglob("*"):
+        record = house.index.record_of_object(path.name) if path.is_file() else None
+        if path.is_file() and (record is None or record.landed_on != NODE_ID):
+            path.unlink()
+            removed += 1
+    return removed
 
 
 def _unless_lost(step: Callable[..., object], job: Job, **arguments: object) -> None:
@@ -72,12 +104,16 @@ def run(
     reach: Callable[[str], None] = unarmed,
     threads: int = 1,
     honest: bool = True,
+    tolerant: bool = False,
+    site: Site = Site(),  # noqa: B008 - frozen
 ) -> None:
     """Be the node: receive the seeds' instances, saying ``stored SEED DIGEST`` after each receipt, and work the jobs off.
 
-    The negative control is not `honest`: it says so before the commit, as many a receiver does.
+    The negative control is not `honest`: it says so before the commit, as many a receiver does. One that is `tolerant` goes on after a
+    refusal, as the doors do; any other error still ends it.
     """
-    house = build(folder, reach=reach)
+    refusal: tuple[type[StorageError], ...] = (StorageError,) if tolerant else ()
+    house = site.open(folder, reach=reach)
     house.archive.sweep()
     seeds = list(seeds)
 
@@ -85,11 +121,15 @@ def run(
         for seed in mine:
             if not honest:
                 say(f"stored {seed} {hashlib.sha256(sample(seed).data_set).hexdigest()}")
-            receipt = house.ingest(sample(seed))
-            if honest:
-                say(f"stored {seed} {receipt.sha256}")
+            with suppress(*refusal):
+                receipt = house.ingest(sample(seed))
+                if honest:
+                    say(f"stored {seed} {receipt.sha256}")
+            if site.rotates:
+                rotate(house)
             if threads == 1:
-                work_off(house, say)
+                with suppress(*refusal):
+                    work_off(house, say, reach=reach)
 
     if threads == 1:
         receive(seeds)
@@ -99,7 +139,7 @@ def run(
             thread.start()
         for thread in crew:
             thread.join()
-        work_off(house, say)
+        work_off(house, say, reach=reach)
     house.close()
 
 
@@ -113,7 +153,14 @@ class Verdict:
     orphans: int = 0
 
 
-def judge(folder: Path, said: Iterable[str], sent: Iterable[int], *, whole: bool = True) -> Verdict:
+def judge(
+    folder: Path,
+    said: Iterable[str],
+    sent: Iterable[int],
+    *,
+    whole: bool = True,
+    site: Site = Site(),  # noqa: B008 - frozen
+) -> Verdict:
     """Start on a folder that was hit and prove the promises.
 
     Every acknowledged instance is there bit-exact with exactly one analysis; store, index and audit trail reconcile; no landing
@@ -122,7 +169,7 @@ def judge(folder: Path, said: Iterable[str], sent: Iterable[int], *, whole: bool
     """
     verdict = Verdict()
     # Two minutes later: the leases of the dead have run out.
-    house = build(folder, clock=lambda: datetime.now(UTC) + timedelta(minutes=2))
+    house = site.open(folder, clock=lambda: datetime.now(UTC) + timedelta(minutes=2))
     try:
         house.archive.sweep()
         if house.landing_files():
@@ -137,11 +184,14 @@ def judge(folder: Path, said: Iterable[str], sent: Iterable[int], *, whole: bool
                 if digest != [hashlib.sha256(one.data_set).hexdigest()]:
                     verdict.faults.append(f"seed {seed}: acknowledged under another digest")
             _judge_instance(house, one if what == "stored" else report_of(seed), seed, verdict)
+        if site.rotates:
+            rotate(house)  # the operator runs it again, as it asks for
+        work_off(house)  # the index and the store are compared below: what landed is brought first
         if whole:
             found = house.archive.verify()
             if not found.intact:
                 verdict.faults += found.lines()
-        verdict.orphans = house.archive.sweep(orphan_grace=timedelta(minutes=-10))
+        verdict.orphans = house.archive.sweep(orphan_grace=timedelta(minutes=-10)) + sweep_spool(house)
         for seed in sent:
             if house.ingest(sample(seed)).outcome not in Outcome:
                 verdict.faults.append(f"seed {seed}: cannot be sent again")
@@ -151,8 +201,9 @@ def judge(folder: Path, said: Iterable[str], sent: Iterable[int], *, whole: bool
         rows = {known.object_key for known in house.index.all_objects()}
         if rows != set(house.objects()):
             verdict.faults.append("objects and rows do not match one to one")
-        if house.landing_files():
-            verdict.faults.append("landing files are left after the second sending")
+        if house.landing_files() or [path for path in (folder / "landed").rglob("*") if path.is_file()]:
+            verdict.faults.append("landing or spool files are left after the second sending")
+        _judge_keys(house, verdict)
     finally:
         house.close()
     return verdict
@@ -168,12 +219,22 @@ def _judge_instance(house: House, one: Sample, seed: int, verdict: Verdict) -> N
     verdict.lost += 1
 
 
+def _judge_keys(house: House, verdict: Verdict) -> None:
+    """Every study key has its document in the store, and it opens with the keys of the ring."""
+    for study_key_id in {known.key_id for known in house.index.all_objects()}:
+        try:
+            house.study_keys.from_document(house.store.get_document(f"keys/{study_key_id[:2]}/{study_key_id}"))
+        except StorageError as error:
+            verdict.faults.append(f"study key {study_key_id} cannot be had from the store: {error}")
+
+
 def _judge_end(house: House, seed: int, verdict: Verdict) -> None:
     one, made = sample(seed), report_of(seed)
     _judge_instance(house, one, seed, verdict)
     _judge_instance(house, made, seed, verdict)
-    analyses = [job.state for job in house.queue.jobs_of(one.sop_instance_uid)]
-    deliveries = sorted((job.lane, job.state, job.result.get("status")) for job in house.queue.jobs_of(made.sop_instance_uid))
+    analyses = [job.state for job in house.queue.jobs_of(one.sop_instance_uid) if job.kind is JobKind.ANALYSE]
+    of_report = [job for job in house.queue.jobs_of(made.sop_instance_uid) if job.kind is JobKind.DELIVER]
+    deliveries = sorted((job.lane, job.state, job.result.get("status")) for job in of_report)
     if analyses != [JobState.DONE]:
         verdict.faults.append(f"seed {seed}: analyses {analyses}")
     if deliveries != [(peer, JobState.DONE, "0000") for peer in PEERS]:

@@ -11,7 +11,6 @@ import argparse
 import os
 import random
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.failpoints import VARIABLE, failpoint_from_environment
-from tests.faults.ground import INTAKE_STEPS, WORK_STEPS, judge, run
+from tests.faults.ground import INTAKE_STEPS, MOVE_STEPS, ROTATE_STEPS, WORK_STEPS, judge, run
+from tests.faults.site import KINDS, Site, site
 
 SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "unlink,unlinkat", "openat", "mkdir", "ftruncate")
 """Where a kill is injected, one walk each: every call that changes the disk."""
+FAILING = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "ftruncate", "mkdir")
+"""Where an error is injected, one walk each."""
 _BATCH = 4
 _FOLDER_FOR = 20
 _WHOLE_EVERY = 5
@@ -42,13 +44,15 @@ class Tally:
     acknowledged: int = 0
     lost: int = 0
     orphans: int = 0
+    errors: int = 0
+    """Calls that failed because they were made to."""
     faults: list[str] = field(default_factory=list)
     where: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         """Return one line for people."""
         return (
-            f"{self.victims} runs, {self.killed} killed, {self.acknowledged} acknowledged, {self.lost} lost, "
+            f"{self.victims} runs, {self.killed} killed, {self.errors} calls failed, {self.acknowledged} acknowledged, {self.lost} lost, "
             f"{self.orphans} orphans swept, {len(self.faults)} faults"
         )
 
@@ -56,8 +60,9 @@ class Tally:
 class Walk:
     """Hits one victim after the other, in a folder that several share."""
 
-    def __init__(self, root: Path, *, seed: int, honest: bool = True) -> None:
+    def __init__(self, root: Path, *, seed: int, honest: bool = True, site: Site = Site()) -> None:  # noqa: B008 - frozen
         self._honest = honest
+        self._site = site
         self.tally = Tally()
         self._root = root
         self._rng = random.Random(seed)
@@ -66,8 +71,8 @@ class Walk:
         self._used = 0
         # Everything is imported, compiled and cached here, once, before the first victim is forked.
         said: list[str] = []
-        run(root / "warm", range(_BATCH), said.append)
-        judge(root / "warm", said, range(_BATCH))
+        run(root / "warm", range(_BATCH), said.append, site=site)
+        judge(root / "warm", said, range(_BATCH), site=site)
         if threading.active_count() != 1:
             raise RuntimeError("a walk forks: nothing else may run in this process")
 
@@ -79,19 +84,21 @@ class Walk:
         threads: int = 1,
         kill_after: float | None = None,
         trace: Callable[[int], subprocess.Popen[bytes]] | None = None,
+        tolerant: bool = False,
     ) -> bool:
         """Start a victim, let it be killed, judge; return whether it died before it was done.
 
-        `environ` arms a failpoint, `kill_after` is in seconds, `trace` attaches a tracer to the victim while it waits to begin.
+        `environ` arms a failpoint, `kill_after` is in seconds, `trace` attaches a tracer to the victim while it waits to begin. One that
+        is `tolerant` goes on after what it had to refuse.
         """
         if self._used == _FOLDER_FOR:
-            shutil.rmtree(self._folder)
+            self._site.forget(self._folder)
             self._folder = self._root / str(self._next)
             self._used = 0
         self._used += 1
         seeds = list(range(self._next, self._next + _BATCH * threads))
         self._next += len(seeds)
-        status, said = self._victim(seeds, environ or {}, threads, kill_after, trace)
+        status, said = self._victim(seeds, environ or {}, threads, kill_after, trace, tolerant=tolerant)
         self.tally.victims += 1
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             self.tally.killed += 1
@@ -108,6 +115,8 @@ class Walk:
         threads: int,
         kill_after: float | None,
         trace: Callable[[int], subprocess.Popen[bytes]] | None,
+        *,
+        tolerant: bool,
     ) -> tuple[int, list[str]]:
         reading, writing = os.pipe()
         gate_out, gate_in = os.pipe()
@@ -117,11 +126,15 @@ class Walk:
             os.close(gate_in)
 
             def say(line: str) -> None:
-                os.write(writing, f"{line}\n".encode())
+                try:
+                    os.write(writing, f"{line}\n".encode())
+                except OSError:  # the injected error hit the harness itself; it is injected once
+                    os.write(writing, f"{line}\n".encode())
 
             def be() -> None:
                 os.read(gate_out, 1)
-                run(self._folder, seeds, say, reach=failpoint_from_environment(environ), threads=threads, honest=self._honest)
+                reach = failpoint_from_environment(environ)
+                run(self._folder, seeds, say, reach=reach, threads=threads, honest=self._honest, tolerant=tolerant, site=self._site)
 
             _end_with(be)
         os.close(writing)
@@ -152,7 +165,7 @@ class Walk:
             os.close(reading)
 
             def be() -> None:
-                verdict = judge(self._folder, said, seeds, whole=self._used % _WHOLE_EVERY == 0)
+                verdict = judge(self._folder, said, seeds, whole=self._used % _WHOLE_EVERY == 0, site=self._site)
                 numbers = f"{verdict.acknowledged} {verdict.lost} {verdict.orphans}"
                 os.write(writing, "\n".join([numbers, *verdict.faults])[:60000].encode())
 
@@ -177,7 +190,8 @@ class Walk:
         for step in steps:
             for threads in senders:
                 # Seven steps are also those of a report; the others happen once for each instance.
-                reached = 2 * _BATCH if step in INTAKE_STEPS[:6] or step == "acknowledge.committed" else _BATCH
+                twice = step in INTAKE_STEPS[:6] or step in MOVE_STEPS or step == "acknowledge.committed"
+                reached = 2 * _BATCH if twice and step not in ROTATE_STEPS else _BATCH
                 for nth in range(1, 1 + min(rounds, reached * threads)):
                     if not self.hit(f"{step}:{nth}", environ={VARIABLE: f"{step}:{nth}"}, threads=threads):
                         self.tally.faults.append(f"{step}:{nth} with {threads} senders was never reached")
@@ -201,11 +215,26 @@ class Walk:
                 nth += every
             report(f"{calls}: up to call {nth}; {self.tally.line()}")
 
+    def errors(self, *, every: int, report: Callable[[str], None]) -> None:
+        """Let the n-th call of each kind fail once, for every n (or each `every`-th) until there is no n-th call."""
+        log = self._root / "trace"
+        for error in ("EIO", "ENOSPC"):
+            for calls in FAILING:
+                nth = 1
+                while True:
+                    what = f"error={error}"
+                    self.hit(calls, trace=lambda child, at=(calls, nth, what): _inject(child, *at, log=log), tolerant=True)  # type: ignore[misc]
+                    if "(INJECTED)" not in log.read_text():
+                        break
+                    self.tally.errors += 1
+                    nth += every
+                report(f"{calls} {error}: up to call {nth}; {self.tally.line()}")
 
-def _inject(child: int, calls: str, nth: int) -> subprocess.Popen[bytes]:
-    """Attach strace to the waiting child: SIGKILL on entering the n-th call, which then is not executed."""
+
+def _inject(child: int, calls: str, nth: int, what: str = "signal=SIGKILL", *, log: Path = Path(os.devnull)) -> subprocess.Popen[bytes]:
+    """Attach strace to the waiting child: on entering the n-th call, which then is not executed, it is killed, or the call fails."""
     tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(child), "-o", "/dev/null", "-e", f"trace={calls}", "-e", f"inject={calls}:signal=SIGKILL:when={nth}"],
+        ["strace", "-f", "-p", str(child), "-o", str(log), "-e", f"trace={calls}", "-e", f"inject={calls}:{what}:when={nth}"],
         stderr=subprocess.PIPE,
     )
     assert tracer.stderr is not None
@@ -227,14 +256,23 @@ def _end_with(be: Callable[[], None]) -> None:
         os._exit(code)
 
 
+def steps_of(store: str, *, rotates: bool = False) -> tuple[str, ...]:
+    """Return the failpoints that a node with this store comes by."""
+    moves = MOVE_STEPS if store == "land" else ()
+    return (*INTAKE_STEPS, *WORK_STEPS, *moves, *(ROTATE_STEPS if rotates else ()))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Walk as asked; the exit status is 0 when nothing was lost and nothing else was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, nargs="?", const=8, default=0, metavar="ROUNDS", help="every failpoint, ROUNDS times")
-    parser.add_argument("--steps", nargs="+", default=(*INTAKE_STEPS, *WORK_STEPS), metavar="STEP", help="only these failpoints")
+    parser.add_argument("--steps", nargs="+", default=(), metavar="STEP", help="only these failpoints")
+    parser.add_argument("--store", choices=KINDS, default="directory", help="where the objects go; else than directory: rclone serves S3")
+    parser.add_argument("--rotate", action="store_true", help="rotate the wrapping key between the instances")
     parser.add_argument("--senders", type=int, nargs="+", default=(1, 3), help="how many senders at once")
     parser.add_argument("--kills", type=int, default=0, help="random kills")
     parser.add_argument("--syscalls", type=int, nargs="?", const=1, default=0, metavar="EVERY", help="every EVERY-th call under strace")
+    parser.add_argument("--errors", type=int, nargs="?", const=1, default=0, metavar="EVERY", help="every EVERY-th call fails: EIO, ENOSPC")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--folder", type=Path, default=None, help="where to make the working folder")
     parser.add_argument("--dishonest", action="store_true", help="negative control: acknowledge before the commit")
@@ -246,13 +284,19 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
 
     report(f"seed {options.seed}")
-    with tempfile.TemporaryDirectory(prefix="walk-", dir=options.folder) as root:
-        walk = Walk(Path(root), seed=options.seed, honest=not options.dishonest)
+    steps = options.steps or steps_of(options.store, rotates=options.rotate)
+    with (
+        tempfile.TemporaryDirectory(prefix="walk-", dir=options.folder) as root,
+        site(options.store, Path(root), rotates=options.rotate) as where,
+    ):
+        walk = Walk(Path(root), seed=options.seed, honest=not options.dishonest, site=where)
         if options.points:
-            walk.points(options.points, steps=options.steps, senders=options.senders, report=report)
+            walk.points(options.points, steps=steps, senders=options.senders, report=report)
             report(f"points: {walk.tally.line()}")
         if options.syscalls:
             walk.syscalls(every=options.syscalls, report=report)
+        if options.errors:
+            walk.errors(every=options.errors, report=report)
         if options.kills:
             walk.random(options.kills, report=report)
         report(f"total: {walk.tally.line()}")
