@@ -24,7 +24,7 @@ from dicom_node.config import Settings
 from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
-from dicom_node.storehouse import Storehouse, database_file, folder, open_database, storage, wrapping_key
+from dicom_node.storehouse import Storehouse, database_file, folder, object_store, open_database, storage, wrapping_key
 from dicom_node.supervisor import Supervisor, give_signs_of_life, stop_on_signals, stop_with_parent
 from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
@@ -81,6 +81,11 @@ def _ensure_keys(settings: Settings) -> None:
     if settings.database.url:
         raise StartError(
             f"the key ring {path} is missing: make it once with `dicom-node keys init`, and give every node that shares the database a copy"
+        )
+    if settings.archive.store == "s3" and next(object_store(settings).list(), None) is not None:
+        raise StartError(
+            f"the key ring {path} is missing although bucket {settings.archive.bucket} holds objects; put the ring's copy back, "
+            "or name another archive.prefix for a new archive"
         )
     folder(path.parent)
     Ring.create(path, wrapping_key(settings))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from dicom_node import config, node, storehouse
 from dicom_node.node import StartError
 from storage.database import Database
 from storage.keys import Ring
-from storage.records import JobKind, JobState, NewJob
+from storage.records import JobKind, JobState, NewJob, SealedObject
 
 
 def settings_of(folder: Path) -> config.Settings:
@@ -59,3 +62,57 @@ def test_a_second_start_leaves_the_counters_alone(tmp_path: Path) -> None:
         for number, handler in handlers:
             signal.signal(number, handler)
     assert counters.read_bytes() == b"of the first"
+
+
+def test_a_lost_ring_is_noticed_by_a_full_bucket(s3_bucket: Callable[[], tuple[str, str, Path]], tmp_path: Path) -> None:
+    """A node on an empty folder makes no new ring beside a bucket that another ring has written: it says what to put back."""
+    endpoint, bucket, _ = s3_bucket()
+    environ = {
+        "DICOM_NODE_NODE__DATA_DIR": str(tmp_path / "var"),
+        "DICOM_NODE_ARCHIVE__STORE": "s3",
+        "DICOM_NODE_ARCHIVE__BUCKET": bucket,
+        "DICOM_NODE_ARCHIVE__ENDPOINT_URL": endpoint,
+        "DICOM_NODE_ARCHIVE__REGION": "us-east-1",
+    }
+    settings = config.load(None, environ)
+    node._ensure_keys(settings)
+    assert settings.ring_file.exists()
+    settings.ring_file.unlink()
+    content = b"sealed"
+    path = tmp_path / "object"
+    path.write_bytes(content)
+    sealed = SealedObject("ab" * 16, len(content), hashlib.sha256(content).hexdigest(), "0" * 32)
+    storehouse.object_store(settings).put(sealed.object_key, path, sealed)
+    with pytest.raises(StartError, match="is missing although bucket"):
+        node._ensure_keys(settings)
+    assert not settings.ring_file.exists()
+
+
+def test_a_database_of_another_ring_is_refused(tmp_path: Path) -> None:
+    """A node whose ring lacks the keys that the database was written with says which, and does not start."""
+    settings = settings_of(tmp_path)
+    node._prepare(settings)
+    with storehouse.storage(settings) as parts:
+        key = parts.study_keys.current("2.25.7")
+        parts.database.write(lambda connection: parts.study_keys.store_in(connection, key))
+        known = parts.ring.primary_key_id
+        Ring.add(settings.ring_file)
+        document = json.loads(settings.ring_file.read_text())
+        del document["keys"][known]
+        settings.ring_file.write_text(json.dumps(document))
+    with storehouse.storage(settings) as parts, pytest.raises(StartError, match=known), node._present(settings, parts):
+        pass
+
+
+def test_roles_alone_share_a_folder_and_a_whole_node_does_not(tmp_path: Path) -> None:
+    """Two roles of one node may run on a folder; a node that wants it for itself is refused, and the other way round."""
+    settings = settings_of(tmp_path)
+    first, second = node._share(settings), node._share(settings)
+    with pytest.raises(StartError, match="another node"):
+        node._own(settings)
+    os.close(first)
+    os.close(second)
+    alone = node._own(settings)
+    with pytest.raises(StartError, match="another node"):
+        node._share(settings)
+    os.close(alone)
