@@ -25,9 +25,10 @@ from storage.failpoints import unarmed
 from storage.holds import Holds
 from storage.intake import Intake
 from storage.landing import Landing
+from storage.orphans import Orphans
 from storage.places import Acknowledge, Places
 from storage.quarantine import Quarantine
-from storage.reconcile import Reconciliation, remove_orphans, verify
+from storage.reconcile import Reconciliation, verify
 from storage.records import (
     Announced,
     AuditEvent,
@@ -597,12 +598,11 @@ class Archive:
     def sweep(self, *, orphan_grace: timedelta | None = None) -> int:
         """Remove landing files of dead processes, and return how many things were removed. For the start; safe at any time.
 
-        With `orphan_grace` objects without a row that are older than it go too. Without it they stay: an index restored from a backup
-        knows less than the store, and what it does not know may have been acknowledged.
+        With `orphan_grace` it is also decided about objects without a row that are older than it: see `storage.orphans`.
         """
         removed = self._landing.sweep()
         if orphan_grace is not None:
-            removed += remove_orphans(index=self._index, store=self._store, older_than=self._clock() - orphan_grace)
+            removed += self.orphans().sweep(grace=orphan_grace).settled
         return removed
 
     def erasure(self) -> Erasure:
@@ -630,6 +630,20 @@ class Archive:
             holds=self._holds,
             jobs_for=self._jobs_for,
             reach=self._reach,
+        )
+
+    def orphans(self) -> Orphans:
+        """Return what decides about objects that no row names."""
+        return Orphans(
+            database=self._database,
+            index=self._index,
+            queue=self._queue,
+            audit=self._audit,
+            study_keys=self._study_keys,
+            places=self._places,
+            jobs_for=self._jobs_for,
+            reach=self._reach,
+            clock=self._clock,
         )
 
     def requeue(self, *, job_id: int | None = None, kind: JobKind | None = None) -> int:

@@ -28,7 +28,7 @@ import hashlib
 import json
 import os
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -180,6 +180,14 @@ class Sealer:
         self._sink(sealed)
 
 
+class DataKeys(Protocol):
+    """What opens the data key of an object: `storage.study_keys.StudyKeys`, or documents in the store (`storage.testimony`)."""
+
+    def unwrap(self, study_key_id: str, wrapped: bytes) -> bytes:
+        """Return the data key. Raises IntegrityError or Unavailable."""
+        ...
+
+
 class Opener:
     """Opens one sealed object and reads ranges of its plaintext; every byte that it returns is authenticated.
 
@@ -187,7 +195,7 @@ class Opener:
 
     Parameters
     ----------
-    study_keys : StudyKeys
+    study_keys : DataKeys
         Unwraps the data key.
     object_key : str
         Under which the object was asked for.
@@ -211,7 +219,7 @@ class Opener:
         The study key cannot be had now.
     """
 
-    def __init__(self, study_keys: StudyKeys, object_key: str, read_at: Callable[[int, int], bytes], size: int) -> None:
+    def __init__(self, study_keys: DataKeys, object_key: str, read_at: Callable[[int, int], bytes], size: int) -> None:
         self._read_at = read_at
         self._size = size
         head = self._fetch(0, min(size, _HEAD_READ))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from storage.database import Database
 
 _KNOWN_SERIES = 4096
+_OTHER_PATIENT = "the study is archived with another Patient ID or Issuer of Patient ID: compare both, and correct the one that is wrong"
 _PAGE = 500
 
 
@@ -150,9 +151,7 @@ class Index:
             self._known.pop(place, None)
         series = known if known is not None and counted else self._series(connection, values)
         if _identity(values) != _identity(series.parents):
-            raise ConflictingInstance(
-                "the study is archived with another Patient ID or Issuer of Patient ID: compare both, and correct the one that is wrong"
-            )
+            raise ConflictingInstance(_OTHER_PATIENT)
         if summary.sop_class_uid not in series.sop_classes:
             series = self._extend(connection, series, summary.sop_class_uid)
         own: dict[str, list[str] | None] = {
@@ -168,6 +167,15 @@ class Index:
             connection.execute(_COUNT_IN_SERIES, {"ref": series.series_ref})
         if series is not known:
             self._database.on_commit(lambda: self._remember(place, series))
+
+    def conflict_in(self, connection: Connection, record: InstanceRecord) -> str:
+        """Return why `add` would refuse this instance, in words; empty when it would not. Changes nothing."""
+        values = _attributes(record.summary)
+        if self.find_in(connection, record.summary.sop_instance_uid) is not None:
+            return "an instance of this SOP Instance UID is archived already"
+        study, series = record.summary.study_instance_uid, record.summary.series_instance_uid
+        found = connection.execute(_FIND_SERIES, {"study": study, "series": series}).first()
+        return _OTHER_PATIENT if found is not None and _identity(json.loads(found.study_attributes)) != _identity(values) else ""
 
     def _remember(self, place: tuple[str, str], series: _KnownSeries) -> None:
         while len(self._known) >= _KNOWN_SERIES:

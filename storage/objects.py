@@ -109,6 +109,10 @@ class ObjectStore(Protocol):
         """Tell length and age of an object without reading it (nor restoring a cold one); raises as `open` does, but never ColdObject."""
         ...
 
+    def sha256(self, object_key: str) -> str:
+        """Return the SHA-256 (hexadecimal) of an object as the store keeps it; empty when it keeps none. Raises as `stat`."""
+        ...
+
     def delete(self, object_key: str, *, versions: bool = False) -> None:
         """Remove an object; no error when there is none.
 
@@ -240,6 +244,11 @@ class DirectoryStore:
         except OSError as error:
             raise disk_unavailable(error, self._root) from error
         return ObjectInfo(object_key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def sha256(self, object_key: str) -> str:
+        """Return nothing: a directory keeps no digests. Read the file."""
+        self.stat(object_key)
+        return ""
 
     def path_of(self, object_key: str) -> Path:
         """Return where an object's file lies, for handing it on; nobody writes there."""

@@ -12,7 +12,6 @@ from storage.records import AuditEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import datetime
 
     from storage.audit import AuditTrail
     from storage.index import ArchivedObject, Index
@@ -108,16 +107,6 @@ def verify(
         ),
     )
     return found
-
-
-def remove_orphans(*, index: Index, store: ObjectStore, older_than: datetime) -> int:
-    """Delete objects without a row that the store took before `older_than`; return how many. Younger ones may be on their way in."""
-    old = [info.object_key for info in store.list() if info.modified_at < older_than]
-    known_keys = {known.object_key for known in index.all_objects()}
-    orphans = [object_key for object_key in old if object_key not in known_keys]
-    for object_key in orphans:
-        store.delete(object_key)
-    return len(orphans)
 
 
 def _there(store: ObjectStore, object_key: str) -> bool:

@@ -389,6 +389,18 @@ class S3Store:
         )
         return ObjectInfo(object_key, int(head["ContentLength"]), head["LastModified"].astimezone(UTC), cold)
 
+    def sha256(self, object_key: str) -> str:
+        """Ask for the checksum that was sent with the upload and checked by the service; an object in parts has none over the whole."""
+        name = self._prefix + relative_path(object_key)
+        deadline = self._deadline()
+        try:
+            head = self._client.call("head_object", deadline, "read", expected=(404,), Key=name, ChecksumMode="ENABLED")
+        except ClientError as error:
+            self._client.call("head_bucket", deadline, "reach")
+            raise absent(object_key) from error
+        told = str(head.get("ChecksumSHA256", ""))
+        return "" if not told or "-" in told else base64.b64decode(told).hex()
+
     def _restore(self, name: str, object_key: str, deadline: Deadline) -> StorageError:
         """Start the restore of a cold object, unless one is under way; return the error that says when to come again."""
         try:

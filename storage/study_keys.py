@@ -227,9 +227,18 @@ class StudyKeys:
         Unavailable
             Database, ring or key service cannot be used now.
         """
-        key = self._fresh(study_key_id) or self.get(study_key_id)
+        return self.unwrap_data_key(self._fresh(study_key_id) or self.get(study_key_id), wrapped)
+
+    def unwrap_data_key(self, study_key: StudyKey, wrapped: bytes) -> bytes:
+        """Return the data key of an object, given the key of its study; the way back of `wrap_data_key`.
+
+        Raises
+        ------
+        IntegrityError
+            That key did not wrap these bytes.
+        """
         try:
-            return aes_key_unwrap(key.secret, wrapped)
+            return aes_key_unwrap(study_key.secret, wrapped)
         except InvalidUnwrap as error:
             raise IntegrityError("the object's data key is damaged, or another object's; restore the object from another copy") from error
 

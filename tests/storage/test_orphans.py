@@ -1,0 +1,231 @@
+"""Orphans: nothing that may be the last copy of an acknowledged instance is deleted; what a crash left goes; nothing comes back."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from storage.errors import ConflictingInstance, InstanceNotFound
+from storage.objects import ObjectStore
+from storage.records import InstanceRecord, JobKind, JobState
+from tests.storage.conftest import Build
+from tests.storage.house import House, origin_of
+from tests.storage.samples import Sample, photograph
+from tests.storage.test_erasure import concluded
+
+NOW = timedelta(minutes=-1)
+"""A grace so short that everything is old."""
+NODE = "00000000000000aa"
+
+
+def restored(houses: Build, house: House, *, store: ObjectStore | None = None, name: str = "restored") -> House:
+    """Return a house over the same objects and keys with a database that knows nothing of them."""
+    folder = house.folder.with_name(name)
+    folder.mkdir()
+    shutil.copy(house.folder / "keys.json", folder / "keys.json")
+    if store is None:
+        shutil.copytree(house.folder / "objects", folder / "objects")
+    return houses(name, **({} if store is None else {"store": store}))
+
+
+def left_behind(house: House, sample: Sample, *, document: bool = True) -> InstanceRecord:
+    """Put an object as a process does that is killed before its commit."""
+    with house.archive.receive(origin_of(), transfer_syntax_uid=sample.transfer_syntax_uid) as intake:
+        intake.write(sample.data_set)
+        record, study_key = intake.seal()
+        if document:
+            house.store.put_document(f"keys/{study_key.id[:2]}/{study_key.id}", house.study_keys.document(study_key))
+        house.store.put(record.sealed.object_key, intake.landing_file.path, record.sealed)
+    return record
+
+
+def test_what_an_older_database_does_not_know_is_adopted(either_house: House, houses: Build) -> None:
+    """Instances, reports, links, keys: all is as it was; what was analysed is not analysed again; what was not is."""
+    house = either_house
+    first, second = photograph(), photograph()
+    house.ingest(first, peer="clinic")
+    made = concluded(house, first)
+    house.ingest(second)
+    again = restored(houses, house, store=house.store if house.store.remote else None)
+    assert again.archive.orphans().sweep().settled == 0  # still young
+    swept = again.archive.orphans().sweep(grace=NOW, restored=True)
+    assert (swept.adopted, swept.settled, swept.waiting, swept.unreadable) == (3, 3, 0, 0)
+    for uid in (first.sop_instance_uid, second.sop_instance_uid, made):
+        assert again.index.find(uid) == house.index.find(uid)
+        assert again.read(uid) == house.read(uid)
+    assert again.index.reports_of(first.sop_instance_uid) == house.index.reports_of(first.sop_instance_uid)
+    assert again.queue.jobs_of(first.sop_instance_uid) == []
+    assert [job.kind for job in again.queue.jobs_of(second.sop_instance_uid)] == [JobKind.ANALYSE]
+    assert [(job.kind, job.lane) for job in again.queue.jobs_of(made)] == [(JobKind.DELIVER, "pacs")]
+    assert again.actions() == ["instance.adopted"] * 3
+    found = again.archive.verify()
+    assert (found.intact, found.unindexed) == (True, [])
+    assert again.archive.orphans().sweep(grace=NOW).settled == 0
+
+
+def test_a_report_of_an_older_analysis_ends_the_job(houses: Build, house: House) -> None:
+    """After a restore the source is known and its analysis seems undone: the report that exists is taken in, and no other is made."""
+    sample = photograph()
+    house.ingest(sample)
+    again = restored(houses, house, name="other")
+    again.archive.orphans().sweep(grace=NOW, restored=True)
+    made = concluded(house, sample)
+    record = house.index.find(made)
+    shutil.copy(
+        house.folder / "objects" / record.sealed.object_key[:2] / record.sealed.object_key,
+        again.folder / "objects" / record.sealed.object_key[:2],
+    )
+    assert again.archive.orphans().sweep(grace=NOW, restored=True).adopted == 1
+    assert again.index.reports_of(sample.sop_instance_uid) == house.index.reports_of(sample.sop_instance_uid)
+    assert again.queue.jobs_of(sample.sop_instance_uid) == []
+
+
+def test_a_report_without_its_commit_is_made_again(house: House) -> None:
+    """In a node that runs, the report of a worker that was killed goes: its analysis is still to be done and brings the same."""
+    sample = photograph()
+    house.ingest(sample)
+    job = house.queue.claim(JobKind.ANALYSE, owner="killed")
+    assert job is not None
+    from storage.records import NewReport  # noqa: PLC0415
+    from tests.storage.samples import report  # noqa: PLC0415
+
+    made = report(source=sample, sop=f"{sample.sop_instance_uid}1")
+    house.archive._store_report(NewReport("summary", made.data_set), job)
+    assert len(house.objects()) == 2
+    assert house.archive.orphans().sweep(grace=NOW).deleted == 1
+    assert house.queue.jobs_of(sample.sop_instance_uid)[0].state is JobState.CLAIMED
+    assert house.read(sample.sop_instance_uid) == sample.data_set
+
+
+def test_killed_between_put_and_commit(house: House) -> None:
+    """Nobody was told Success, yet the object is whole: adopted, and a second sending is a duplicate. Without a key it goes."""
+    sample = photograph()
+    left_behind(house, sample)
+    left_behind(house, photograph(), document=False)
+    assert house.archive.orphans().sweep().settled == 0
+    swept = house.archive.orphans().sweep(grace=NOW)
+    assert (swept.adopted, swept.deleted) == (1, 1)
+    assert house.read(sample.sop_instance_uid) == sample.data_set
+    assert house.ingest(sample).outcome == "duplicate"
+
+
+def test_a_copy_too_many_goes_and_the_only_good_copy_heals(house: House) -> None:
+    """Beside a whole object an equal orphan is deleted; where the archived object rots, the orphan takes its place."""
+    sample, rotten = photograph(), photograph()
+    for one in (sample, rotten):
+        house.ingest(one)
+        left_behind(house, one)
+    record = house.index.find(rotten.sop_instance_uid)
+    path = house.folder / "objects" / record.sealed.object_key[:2] / record.sealed.object_key
+    path.write_bytes(path.read_bytes()[:-1])
+    swept = house.archive.orphans().sweep(grace=NOW)
+    assert (swept.deleted, swept.healed) == (1, 1)
+    assert len(house.objects()) == 2
+    assert house.read(rotten.sop_instance_uid) == rotten.data_set
+    assert house.archive.verify().intact
+
+
+def test_other_content_is_set_aside_once(house: House) -> None:
+    """An orphan that contradicts what is archived goes to quarantine; one more of the same goes. So with another patient's study."""
+    first = photograph(patient_id="P-1")
+    house.ingest(first)
+    second = photograph(sop=first.sop_instance_uid)
+    left_behind(house, second)
+    assert house.archive.orphans().sweep(grace=NOW).quarantined == 1
+    left_behind(house, second)
+    left_behind(house, photograph(patient_id="P-2", study=first.study_instance_uid))
+    swept = house.archive.orphans().sweep(grace=NOW)
+    assert (swept.deleted, swept.quarantined) == (1, 1)
+    assert len(house.index.quarantined()) == 2
+    assert house.read(first.sop_instance_uid) == first.data_set
+    found = house.archive.verify()
+    assert (found.intact, found.unindexed) == (True, [])
+
+
+def test_what_cannot_be_read_stays(house: House) -> None:
+    """A damaged orphan, or a report whose source is nowhere, is left and counted."""
+    sample = photograph()
+    record = left_behind(house, sample)
+    path = house.folder / "objects" / record.sealed.object_key[:2] / record.sealed.object_key
+    content = path.read_bytes()
+    path.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    assert house.archive.orphans().sweep(grace=NOW).unreadable == 1
+    assert house.objects() == [record.sealed.object_key]
+    with pytest.raises(InstanceNotFound):
+        house.read(sample.sop_instance_uid)
+
+
+def test_keys_nobody_needs_go(house: House) -> None:
+    """The document of a key goes when no row knows it and no object without a row needs it; a young one stays."""
+    sample = photograph()
+    house.ingest(sample)
+    kept = list(house.store.list_documents("keys/"))
+    unused = house.study_keys.current("1.2.3")
+    name = f"keys/{unused.id[:2]}/{unused.id}"
+    house.store.put_document(name, house.study_keys.document(unused))
+    assert house.archive.orphans().sweep().documents == 0
+    assert house.archive.orphans().sweep(grace=NOW).documents == 1
+    assert list(house.store.list_documents("keys/")) == kept
+    record = left_behind(house, photograph())
+    path = house.folder / "objects" / record.sealed.object_key[:2] / record.sealed.object_key
+    path.write_bytes(path.read_bytes() + b"x")  # it says nothing any more: perhaps it needs the key
+    house.store.put_document(name, house.study_keys.document(unused))
+    assert house.archive.orphans().sweep(grace=NOW).documents == 0
+
+
+def test_an_erased_study_does_not_come_back(house: House) -> None:
+    """Object and key document that survived an erasure (a copy that was put back) are deleted without grace for the key."""
+    sample = photograph()
+    house.ingest(sample)
+    copies = house.folder.with_name("copies")
+    shutil.copytree(house.folder / "objects", copies)
+    house.archive.erasure().erase_study(sample.study_instance_uid, actor="operator", reason="")
+    shutil.copytree(copies, house.folder / "objects", dirs_exist_ok=True)
+    swept = house.archive.orphans().sweep(grace=NOW)
+    assert (swept.deleted, swept.documents, swept.adopted) == (1, 1, 0)
+    assert house.objects() == list(house.store.list_documents("keys/")) == []
+
+
+def test_the_spool_is_swept_the_same_way(houses: Build, s3_store: ObjectStore) -> None:
+    """A landed object without a row is adopted with the Mover's job; one that was brought already goes; a foreign duplicate goes."""
+    house = houses(store=s3_store, node_id=NODE)
+    landed, brought = photograph(), photograph()
+    house.ingest(landed)
+    house.ingest(brought)
+    record = house.index.find(brought.sop_instance_uid)
+    spool = house.archive._places.spool
+    assert spool is not None
+    copy = Path(shutil.copy(spool.path_of(record.sealed.object_key), house.folder / "copy"))
+    while (job := house.queue.claim(JobKind.ARCHIVE, owner="mover")) is not None:
+        if job.sop_instance_uid == brought.sop_instance_uid:
+            house.archive.bring(job)
+    spool.put(record.sealed.object_key, copy, record.sealed)
+    assert house.archive.orphans().sweep_spool(grace=NOW).settled == 0
+    assert sorted(spool_info.object_key for spool_info in spool.list()) == [house.index.find(landed.sop_instance_uid).sealed.object_key]
+    again = houses("again", store=s3_store, node_id=NODE)
+    assert again.archive.orphans().sweep_spool(grace=NOW).settled == 0
+    intake = house.archive.receive(origin_of(), transfer_syntax_uid=landed.transfer_syntax_uid)
+    fresh = photograph()
+    intake.write(fresh.data_set)
+    sealed, study_key = intake.seal()
+    spool.put(sealed.sealed.object_key, intake.landing_file.path, sealed.sealed)
+    spool.put_document(f"keys/{study_key.id[:2]}/{study_key.id}", house.study_keys.document(study_key))
+    intake.abort()
+    assert house.archive.orphans().sweep_spool(grace=NOW).adopted == 1
+    adopted = house.index.find(fresh.sop_instance_uid)
+    assert adopted.landed_on == NODE
+    assert {job.kind for job in house.queue.jobs_of(fresh.sop_instance_uid)} == {JobKind.ANALYSE, JobKind.ARCHIVE}
+    assert house.read(fresh.sop_instance_uid) == fresh.data_set
+
+
+def test_refused_conflicts_are_no_orphans(house: House) -> None:
+    """What is in quarantine has a row: a sweep leaves it alone."""
+    first = photograph()
+    house.ingest(first)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(photograph(sop=first.sop_instance_uid))
+    assert house.archive.orphans().sweep(grace=NOW).settled == 0
+    assert len(house.objects()) == 2

@@ -1,0 +1,155 @@
+"""Quarantine: shown, accepted, dropped; what is archived and what was set aside change places, and nothing gets lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError, StorageError
+from storage.quarantine import mark_name, read_mark
+from storage.records import JobKind, JobState
+from tests.storage.conftest import Build
+from tests.storage.house import House
+from tests.storage.samples import Sample, photograph
+from tests.storage.test_erasure import concluded
+
+
+def in_conflict(house: House) -> tuple[Sample, Sample]:
+    """Archive one instance and have another of its UID set aside."""
+    first = photograph()
+    second = photograph(sop=first.sop_instance_uid, study=first.study_instance_uid, series=first.series_instance_uid)
+    house.ingest(first)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    return first, second
+
+
+def test_shown_with_what_it_contradicts(house: House) -> None:
+    """An operator sees both, by number."""
+    first, _ = in_conflict(house)
+    (one,) = house.archive.quarantine().all()
+    shown, archived = house.archive.quarantine().show(one.id)
+    assert shown == one
+    assert archived == house.index.find(first.sop_instance_uid)
+    for use in (house.archive.quarantine().show, lambda number: house.archive.quarantine().drop(number, actor="x", reason="")):
+        with pytest.raises(InstanceNotFound):
+            use(one.id + 1)
+
+
+def test_accepted_takes_the_place(either_house: House) -> None:
+    """The accepted instance is archived and analysed anew; the old one and its report are kept aside; accepted again, they change back."""
+    house = either_house
+    first, second = in_conflict(house)
+    made = concluded(house, first)
+    (one,) = house.index.quarantined()
+    house.archive.quarantine().accept(one.id, actor="operator", reason="the retake")
+    assert house.read(first.sop_instance_uid) == second.data_set
+    assert house.index.reports_of(first.sop_instance_uid) == []
+    with pytest.raises(InstanceNotFound):
+        house.read(made)
+    assert house.queue.jobs_of(made) == []
+    (job,) = house.queue.jobs_of(first.sop_instance_uid)
+    assert (job.kind, job.state) == (JobKind.ANALYSE, JobState.READY)
+    aside = {kept.record.summary.sop_instance_uid: kept for kept in house.index.quarantined()}
+    assert set(aside) == {first.sop_instance_uid, made}
+    assert len(house.objects()) == 3
+    marks = set(house.store.list_documents("quarantine/"))
+    assert marks == {mark_name(kept.record.sealed.object_key) for kept in aside.values()}
+    replaced = aside[first.sop_instance_uid]
+    mark = read_mark(house.store, replaced.record.sealed.object_key)
+    assert mark is not None
+    assert (mark.reason, mark.quarantined_at) == (replaced.reason, replaced.quarantined_at)
+    assert read_mark(house.store, one.record.sealed.object_key) is None
+    house.archive.quarantine().accept(replaced.id, actor="operator", reason="no, the first")
+    assert house.read(first.sop_instance_uid) == first.data_set
+    assert house.actions().count("quarantine.accepted") == 2
+    found = house.archive.verify()
+    assert (found.intact, found.unindexed) == (True, [])
+
+
+def test_another_patients_study_is_not_decided_here(house: House) -> None:
+    """Where the study belongs to another patient the error names the remedy, nothing changes; with that study erased it can be accepted."""
+    first = photograph(patient_id="P-1")
+    second = photograph(patient_id="P-2", study=first.study_instance_uid)
+    house.ingest(first)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    (one,) = house.index.quarantined()
+    with pytest.raises(ConflictingInstance, match="erase that study"):
+        house.archive.quarantine().accept(one.id, actor="operator", reason="")
+    assert house.index.quarantined() == [one]
+    house.archive._holds.place(first.study_instance_uid, reason="court", actor="operator")
+    with pytest.raises(StorageError, match="hold"):
+        house.archive.quarantine().drop(one.id, actor="operator", reason="")
+    assert house.index.quarantined() == [one]
+
+
+def test_dropped(either_house: House) -> None:
+    """Row, object and mark go, the archived instance stays; the last of a study takes its key along."""
+    house = either_house
+    first, second = in_conflict(house)
+    other = photograph(sop=first.sop_instance_uid)  # under another study
+    with pytest.raises(ConflictingInstance):
+        house.ingest(other)
+    house.archive.quarantine().synchronise_marks()
+    assert len(list(house.store.list_documents("quarantine/"))) == 2
+    for one in house.index.quarantined():
+        house.archive.quarantine().drop(one.id, actor="operator", reason="wrong patient")
+    assert house.index.quarantined() == []
+    assert house.read(first.sop_instance_uid) == first.data_set != second.data_set
+    record = house.index.find(first.sop_instance_uid)
+    assert house.objects() == [record.sealed.object_key]
+    assert [name[-32:] for name in house.store.list_documents("keys/")] == [record.sealed.key_id]
+    assert list(house.store.list_documents("quarantine/")) == []
+    assert house.study_keys.all_of(other.study_instance_uid) == []
+    assert house.actions()[-2:] == ["quarantine.dropped"] * 2
+
+
+def test_marks_follow_the_rows(house: House) -> None:
+    """Marks that are missing are written, those of nothing are removed, a damaged one is told from none."""
+    in_conflict(house)
+    (one,) = house.index.quarantined()
+    house.store.put_document(mark_name("0" * 32), b"{}")
+    with pytest.raises(IntegrityError):
+        read_mark(house.store, "0" * 32)
+    assert house.archive.quarantine().synchronise_marks() == 2
+    assert house.archive.quarantine().synchronise_marks() == 0
+    assert list(house.store.list_documents("quarantine/")) == [mark_name(one.record.sealed.object_key)]
+
+
+_PROGRAM = """
+import os, sys
+from pathlib import Path
+from storage.failpoints import failpoint_from_environment
+from tests.storage.house import build
+house = build(Path(sys.argv[1]), reach=failpoint_from_environment(os.environ))
+getattr(house.archive.quarantine(), sys.argv[2])(house.index.quarantined()[0].id, actor="operator", reason="")
+"""
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("verb", ["accept", "drop"])
+def test_killed_after_the_commit(houses: Build, verb: str, engine: str) -> None:
+    """The decision stands; what it left to do is done by the caretaker: marks are written, a dropped object does not come back."""
+    house = houses()
+    first, second = in_conflict(house)
+    house.close()
+    run = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(house.folder), verb],
+        env={**os.environ, "DICOM_NODE_FAILPOINT": "quarantine.committed:1"},
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert run.returncode == -9
+    again = houses()
+    again.archive.orphans().sweep(grace=timedelta(minutes=-1))
+    again.archive.quarantine().synchronise_marks()
+    assert again.read(first.sop_instance_uid) == (second if verb == "accept" else first).data_set
+    assert len(again.objects()) == (2 if verb == "accept" else 1)
+    assert len(again.index.quarantined()) == (1 if verb == "accept" else 0)
+    assert len(list(again.store.list_documents("quarantine/"))) == len(again.index.quarantined())
