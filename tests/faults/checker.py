@@ -36,6 +36,7 @@ from tests.storage.house import House, build
 
 RECOVERY_S: Final = 30.0
 ADMITTED: Final = ("instance.received", "instance.duplicate", "instance.healed")
+_BRINGS: Final = ("sent", "concluded")
 DIED: Final = "died or hung"
 
 
@@ -194,6 +195,9 @@ def _answered(case: _Case, state: State) -> Iterable[Violation]:
 def _secret(case: _Case, state: State) -> Iterable[Violation]:
     for where in state.plaintext:
         yield Violation("P5", "", f"plaintext in {where}")
+    for uid, order in case.erased_at.items():
+        if uid in state.instances and not any(entry.order > order and entry.event in _BRINGS for entry in case.by_uid[uid]):
+            yield Violation("P5", uid, "erased and still there")
 
 
 def _recorded(case: _Case, state: State) -> Iterable[Violation]:
@@ -201,9 +205,9 @@ def _recorded(case: _Case, state: State) -> Iterable[Violation]:
         yield Violation("P6", "", state.audit_fault)
     for uid, held in state.instances.items():
         action = "report.concluded" if held.role == "report" else "instance.received"
-        count = state.audit.get(uid, Counter())[action]
+        count = state.audit.get(uid, Counter())[action] + state.audit.get(uid, Counter())["instance.adopted"]
         if count < 1 or (count > 1 and uid not in case.erased_at):
-            yield Violation("P6", uid, f"{count} records of {action}")
+            yield Violation("P6", uid, f"{count} records of {action} or adoption")
         for job in state.jobs.get(uid, ()):
             if job.kind is JobKind.DELIVER and job.state is JobState.DONE and not state.audit[uid]["report.delivered"]:
                 yield Violation("P6", uid, "delivered without a record")

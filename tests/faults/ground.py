@@ -19,7 +19,7 @@ from storage.failpoints import unarmed
 from storage.keys import Ring
 from storage.mover import Mover
 from storage.records import Job, JobKind, JobState, NewReport, Outcome
-from tests.faults.site import NODE_ID, Site
+from tests.faults.site import Site
 from tests.storage.house import House
 from tests.storage.samples import Sample, photograph, report
 
@@ -80,17 +80,6 @@ def rotate(house: House) -> None:
             house.study_keys.retire(key.key_id)
 
 
-def sweep_spool(house: House) -> int:
-    """Remove spool files that no row says to be landed, as a duty of the node does; return how many."""
-    removed = 0
-    for path in (house.folder / "landed").rglob("*"):
-        record = house.index.record_of_object(path.name) if path.is_file() else None
-        if path.is_file() and (record is None or record.landed_on != NODE_ID):
-            path.unlink()
-            removed += 1
-    return removed
-
-
 def _unless_lost(step: Callable[..., object], job: Job, **arguments: object) -> None:
     with suppress(LeaseLost):  # another thread of this process finished it
         step(job, **arguments)
@@ -113,8 +102,11 @@ def run(
     refusal, as the doors do; any other error still ends it.
     """
     refusal: tuple[type[StorageError], ...] = (StorageError,) if tolerant else ()
-    house = site.open(folder, reach=reach)
-    house.archive.sweep()
+    try:
+        house = site.open(folder, reach=reach)
+        house.archive.sweep()
+    except refusal:
+        return  # it says why it cannot start; whoever starts it tries again
     seeds = list(seeds)
 
     def receive(mine: list[int]) -> None:
@@ -191,7 +183,8 @@ def judge(
             found = house.archive.verify()
             if not found.intact:
                 verdict.faults += found.lines()
-        verdict.orphans = house.archive.sweep(orphan_grace=timedelta(minutes=-10)) + sweep_spool(house)
+        verdict.orphans = _sweep(house)
+        work_off(house)  # what was adopted
         for seed in sent:
             if house.ingest(sample(seed)).outcome not in Outcome:
                 verdict.faults.append(f"seed {seed}: cannot be sent again")
@@ -219,6 +212,12 @@ def _judge_instance(house: House, one: Sample, seed: int, verdict: Verdict) -> N
     verdict.lost += 1
 
 
+def _sweep(house: House) -> int:
+    orphans = house.archive.orphans()
+    grace = timedelta(minutes=-10)
+    return orphans.sweep(grace=grace).settled + orphans.sweep_spool(grace=grace).settled
+
+
 def _judge_keys(house: House, verdict: Verdict) -> None:
     """Every study key has its document in the store, and it opens with the keys of the ring."""
     for study_key_id in {known.key_id for known in house.index.all_objects()}:
@@ -241,6 +240,7 @@ def _judge_end(house: House, seed: int, verdict: Verdict) -> None:
         verdict.faults.append(f"seed {seed}: deliveries {deliveries}")
     if [linked.sop_instance_uid for linked in house.index.reports_of(one.sop_instance_uid)] != [made.sop_instance_uid]:
         verdict.faults.append(f"seed {seed}: not exactly one report")
-    received = [entry.event.action for entry in house.audit.events_of(one.sop_instance_uid)].count("instance.received")
+    actions = [entry.event.action for entry in house.audit.events_of(one.sop_instance_uid)]
+    received = actions.count("instance.received") + actions.count("instance.adopted")
     if received != 1:
         verdict.faults.append(f"seed {seed}: {received} records of one reception")

@@ -196,6 +196,7 @@ class Schedule:
         self._store_lies = False
         self._sent: dict[int, set[int]] = {}
         self._acked: dict[int, int] = {}
+        self._erasing: set[int] = set()
         self._next = 0
         remote = self._rng.random() < 0.4
         self._service, self._store = stage.service() if remote else (None, None)
@@ -428,6 +429,37 @@ class Schedule:
                     with suppress(StorageError):  # it is still in use
                         house.study_keys.retire(key.key_id)
 
+    def _sweep(self, house: House) -> None:
+        # Nothing is on its way in between two steps: what has no row now was left by a death.
+        with suppress(StorageError):
+            orphans = house.archive.orphans()
+            orphans.sweep(grace=timedelta(minutes=-10))
+            orphans.sweep_spool(grace=timedelta(minutes=-10))
+
+    def _erase(self, house: House) -> None:
+        if self._acked:
+            self._erase_study(house, self._rng.choice(sorted(self._acked)) // 3)
+
+    def _erase_study(self, house: House, study: int) -> None:
+        numbers = [number for number in sorted(self._sent) if number // 3 == study]
+        pictures = [self._picture(number).sop_instance_uid for number in numbers]
+        self._erasing.add(study)
+        for uid in pictures:
+            self._say("erasing", uid)
+            self._say("erasing", f"{uid}.9")
+        try:
+            with suppress(InstanceNotFound):
+                house.archive.erasure().erase_study(self._picture(3 * study).study_instance_uid, actor="operator", reason="asked for")
+        except StorageError:
+            return  # nothing was changed, or not all: it is done again in the end
+        for number, uid in zip(numbers, pictures, strict=True):
+            self._say("erased", uid)
+            self._say("erased", f"{uid}.9")
+            self._acked.pop(number, None)
+            if self._rng.random() < 0.5:
+                self._sent.pop(number)
+        self._erasing.discard(study)
+
     def _kill_soon(self, house: House) -> None:
         self._fuse = self._rng.choice((1, 2, 3, 4, 5, 6, 8, 10, 12, 14))
 
@@ -474,6 +506,8 @@ class Schedule:
             self._analyse: 12,
             self._deliver: 14,
             self._rotate: 1,
+            self._erase: 1,
+            self._sweep: 1,
             self._kill_soon: 9,
             self._store_breaks: 6 if self._service else 0,
             self._store_heals: 4 if self._service else 0,
@@ -517,6 +551,21 @@ class Schedule:
         for number in sorted(self._sent):
             if number not in self._acked or number in again:
                 self._send(house, number, variant=self._acked.get(number, 0))
+        # An operator whose rotation or erasure was broken off runs it again, as it asks for.
+        house.study_keys.rotate(put_document=house.store.put_document, delete_document=house.store.delete_document)
+        for study in sorted(self._erasing):
+            self._erase_study(house, study)
+        self._sweep(house)
+        self._drain(house)
+        self._sweep(house)
+        self._drain(house)
+        for number, variant in sorted(self._acked.items()):
+            uid = self._picture(number, variant).sop_instance_uid
+            self._say("queried", uid, found=_knows(house.archive, uid))
+        self._say("ended")
+        return house
+
+    def _drain(self, house: House) -> None:
         for _ in range(_ROUNDS):
             self._offset += timedelta(hours=2)
             while self._move(house) or self._analyse(house) or any(self._deliver_to(house, peer) for peer in PEERS):
@@ -524,22 +573,6 @@ class Schedule:
             counts = house.queue.counts()
             if not sum(count for (_, state), count in counts.items() if state in (JobState.READY, JobState.CLAIMED)):
                 break
-        for number, variant in sorted(self._acked.items()):
-            uid = self._picture(number, variant).sop_instance_uid
-            self._say("queried", uid, found=_knows(house.archive, uid))
-        # An operator whose rotation was broken off runs it again, as it asks for.
-        house.study_keys.rotate(put_document=house.store.put_document, delete_document=house.store.delete_document)
-        house.archive.sweep(orphan_grace=timedelta(minutes=-10))
-        self._sweep_spool(house)
-        self._say("ended")
-        return house
-
-    def _sweep_spool(self, house: House) -> None:
-        """Remove landed files that no row says to be landed: a process died between its commit and their removal."""
-        for path in (self._folder / "landed").rglob("*"):
-            record = house.index.record_of_object(path.name) if path.is_file() else None
-            if path.is_file() and (record is None or not record.landed_on):
-                path.unlink()
 
     def _lose_one(self) -> None:
         """Negative control: the store loses an object that nobody will send again."""

@@ -215,11 +215,11 @@ class Walk:
                 nth += every
             report(f"{calls}: up to call {nth}; {self.tally.line()}")
 
-    def errors(self, *, every: int, report: Callable[[str], None]) -> None:
+    def errors(self, *, every: int, calls_of: Sequence[str] = FAILING, report: Callable[[str], None]) -> None:
         """Let the n-th call of each kind fail once, for every n (or each `every`-th) until there is no n-th call."""
         log = self._root / "trace"
         for error in ("EIO", "ENOSPC"):
-            for calls in FAILING:
+            for calls in calls_of:
                 nth = 1
                 while True:
                     what = f"error={error}"
@@ -273,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=0, help="random kills")
     parser.add_argument("--syscalls", type=int, nargs="?", const=1, default=0, metavar="EVERY", help="every EVERY-th call under strace")
     parser.add_argument("--errors", type=int, nargs="?", const=1, default=0, metavar="EVERY", help="every EVERY-th call fails: EIO, ENOSPC")
+    parser.add_argument("--calls", nargs="+", default=(), metavar="CALL", help="only these calls fail")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--folder", type=Path, default=None, help="where to make the working folder")
     parser.add_argument("--dishonest", action="store_true", help="negative control: acknowledge before the commit")
@@ -296,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.syscalls:
             walk.syscalls(every=options.syscalls, report=report)
         if options.errors:
-            walk.errors(every=options.errors, report=report)
+            walk.errors(every=options.errors, calls_of=options.calls or FAILING, report=report)
         if options.kills:
             walk.random(options.kills, report=report)
         report(f"total: {walk.tally.line()}")
