@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,47 @@ class RunningNode:
         self.process.kill()
         self.process.wait()
         self.process = None
+
+    def kill_all(self) -> None:
+        """SIGKILL to the parent and to every child, as when the machine fails."""
+        assert self.process is not None
+        # The parent first: it would start its children again.
+        victims = list(self.children())
+        self.process.kill()
+        for process_id in victims:
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+        deadline = time.monotonic() + START_S
+        while any(Path(f"/proc/{process_id}").exists() for process_id in victims):
+            assert time.monotonic() < deadline, "a killed process is still there"
+            time.sleep(0.02)
+
+    def lose(self) -> None:
+        """Lose the node for ever: its processes and its disk."""
+        if self.process is not None:
+            self.kill_all()
+        shutil.rmtree(self.data_dir)
+
+    @property
+    def ring_file(self) -> Path:
+        """Its key ring."""
+        return self.data_dir / "keys" / "ring.json"
+
+    def take_ring(self, ring: bytes) -> None:
+        """Put a copy of another node's ring in its place."""
+        self.ring_file.parent.mkdir(parents=True, mode=0o700)
+        self.ring_file.write_bytes(ring)
+        self.ring_file.chmod(0o600)
+
+    def start_role(self, role: str) -> subprocess.Popen[bytes]:
+        """Start one role by itself; who calls ends it."""
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "dicom_node", "serve", "--role", role, "--config", str(self.config)],
+                env=self.environ, stdout=log, stderr=log,
+            )  # fmt: skip
 
     def children(self) -> dict[int, str]:
         """Process id -> role of each child."""
