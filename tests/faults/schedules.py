@@ -424,6 +424,7 @@ class Schedule:
             Ring.add(ring_file)
             house.ring.holds("")  # looks at the file now; else within a second
             house.study_keys.rotate(put_document=house.store.put_document, delete_document=house.store.delete_document)
+            self._sweep(house)  # before a key is retired: what it alone opens could not be judged any more
             for key in Ring.shown(ring_file):
                 if not key.primary:
                     with suppress(StorageError):  # it is still in use
@@ -441,6 +442,8 @@ class Schedule:
             self._erase_study(house, self._rng.choice(sorted(self._acked)) // 3)
 
     def _erase_study(self, house: House, study: int) -> None:
+        # Before, since an orphan under a key that never came into the table would be adopted after the erasure.
+        self._sweep(house)
         numbers = [number for number in sorted(self._sent) if number // 3 == study]
         pictures = [self._picture(number).sop_instance_uid for number in numbers]
         self._erasing.add(study)
