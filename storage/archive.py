@@ -45,6 +45,7 @@ from storage.records import (
     ReportRecord,
     Summary,
 )
+from storage.reindex import Reindex
 from storage.stored import StoredInstance
 from storage.trace import trace
 
@@ -644,6 +645,20 @@ class Archive:
             jobs_for=self._jobs_for,
             reach=self._reach,
             clock=self._clock,
+        )
+
+    def reindex(self, *, deliver: bool = False) -> Reindex:
+        """Return what fills an empty database from the store. `deliver`: have every report delivered again."""
+        return Reindex(
+            database=self._database,
+            index=self._index,
+            queue=self._queue,
+            audit=self._audit,
+            study_keys=self._study_keys,
+            places=self._places,
+            jobs_for=self._jobs_for,
+            deliver=deliver,
+            reach=self._reach,
         )
 
     def requeue(self, *, job_id: int | None = None, kind: JobKind | None = None) -> int:

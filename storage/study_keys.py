@@ -193,10 +193,13 @@ class StudyKeys:
             connection.execute(update(STUDY_KEYS).where(_T.id == study_key.id).values(stored=0))
         self._database.on_commit(lambda: self._seen_in_table(study_key.id, stored=row is None and stored))
 
-    def restore_in(self, connection: Connection, study_key: StudyKey) -> None:
-        """Inside of a ``Database.write``: take over a key from its document in the store; a row that is there stays as it is."""
+    def restore_in(self, connection: Connection, study_key: StudyKey, *, stored: bool = True) -> None:
+        """Inside of a ``Database.write``: take over a key from its document; a row that is there stays as it is.
+
+        `stored`: the document lies in the object store, not in a node's spool alone.
+        """
         if connection.execute(_FIND, {"study_key_id": study_key.id}).first() is None:
-            connection.execute(insert(STUDY_KEYS), _values(study_key, stored=True))
+            connection.execute(insert(STUDY_KEYS), _values(study_key, stored=stored))
 
     def _require_fit(self, study_key: StudyKey) -> None:
         """Let only a key come into the table that was made here and never was in it: an erased one must not come back."""

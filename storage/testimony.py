@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from storage.study_keys import StudyKey, StudyKeys
 
 _KEY_ID = re.compile(r"[0-9a-f]{32}")
-_REMEMBERED = 1000
 _WHOLE = CHUNK + (64 << 10)
 """Objects up to this many bytes are read whole: an S3 reader has them with its one request anyway."""
 
@@ -60,10 +59,13 @@ class KeyRing:
         The table, and what opens documents.
     stores
         Where documents may lie.
+    remembered
+        How many keys are kept in memory.
     """
 
-    def __init__(self, study_keys: StudyKeys, stores: Iterable[ObjectStore]) -> None:
+    def __init__(self, study_keys: StudyKeys, stores: Iterable[ObjectStore], *, remembered: int = 1000) -> None:
         self._study_keys = study_keys
+        self._most = remembered
         self._stores = list(stores)
         self._remembered: OrderedDict[str, StudyKey] = OrderedDict()
 
@@ -83,7 +85,7 @@ class KeyRing:
         if key is None:
             key = self._look_up(study_key_id)
             self._remembered[study_key_id] = key
-            if len(self._remembered) > _REMEMBERED:
+            if len(self._remembered) > self._most:
                 self._remembered.popitem(last=False)
         return key
 
