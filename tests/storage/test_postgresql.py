@@ -68,7 +68,7 @@ class Load:
         self.acknowledged: list[str] = []
         self.refused: list[Unavailable] = []
         self.other: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(callers)]
+        self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(callers)]
         for thread in self._threads:
             thread.start()
 
