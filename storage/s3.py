@@ -174,7 +174,7 @@ class S3Store:
     # --- put -------------------------------------------------------------------------------------------------------------
 
     def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:
-        """Upload with Content-MD5 and SHA-256, then read back and compare. See `ObjectStore.put`.
+        """Upload with its SHA-256, then read back and compare. See `ObjectStore.put`.
 
         Whether an answer was lost or another process was faster, the bytes that are read back decide. Only what was read whole and is
         surely other than what was put is removed again.
@@ -188,21 +188,20 @@ class S3Store:
                 if length != sealed.byte_count:
                     raise wrong_length(object_key, length, sealed.byte_count)
                 upload = self._put_in_parts if sealed.byte_count > self._multipart_bytes else self._put_whole
-                ours, checksum = upload(name, file, sealed, extra, deadline)
+                try:
+                    ours, checksum = upload(name, file, sealed, extra, deadline)
+                    self._reach("object.renamed")
+                    self._confirm(name, sealed, checksum, deadline, ours=ours)
+                except Unavailable:
+                    _require_unchanged(sealed, file)  # looked at only now: who is at fault, the store or this disk?
+                    raise
         except OSError as error:
             raise disk_unavailable(error, path.parent) from error
-        self._reach("object.renamed")
-        self._confirm(name, sealed, checksum, deadline, ours=ours)
         self._reach("directory.flushed")
 
     def _put_whole(self, name: str, file: BinaryIO, sealed: SealedObject, extra: Mapping[str, Any], deadline: Deadline) -> tuple[bool, str]:
         """Return whether what lies under `name` now came from this call (or may have), and the checksum that the store should know."""
-        md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-        while chunk := file.read(CHUNK):
-            md5.update(chunk)
-            sha256.update(chunk)
-        _require_unchanged(sealed, sha256.hexdigest())
-        checksum = base64.b64encode(sha256.digest()).decode()
+        checksum = base64.b64encode(bytes.fromhex(sealed.sha256)).decode()
         try:
             self._client.call(
                 "put_object",
@@ -212,7 +211,6 @@ class S3Store:
                 body=Window(file, 0, sealed.byte_count, deadline),
                 Key=name,
                 ContentLength=sealed.byte_count,
-                ContentMD5=base64.b64encode(md5.digest()).decode(),
                 ChecksumAlgorithm="SHA256",
                 ChecksumSHA256=checksum,
                 IfNoneMatch="*",
@@ -233,11 +231,10 @@ class S3Store:
         try:
             for start in range(0, sealed.byte_count, self._part_bytes):
                 length = min(self._part_bytes, sealed.byte_count - start)
-                md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+                sha256 = hashlib.sha256()
                 file.seek(start)
                 for offset in range(0, length, CHUNK):
                     chunk = file.read(min(CHUNK, length - offset))
-                    md5.update(chunk)
                     sha256.update(chunk)
                     whole.update(chunk)
                 of_digests.update(sha256.digest())
@@ -250,11 +247,11 @@ class S3Store:
                     **upload,
                     PartNumber=len(parts) + 1,
                     ContentLength=length,
-                    ContentMD5=base64.b64encode(md5.digest()).decode(),
                     ChecksumSHA256=checksum,
                 )
                 parts.append({"PartNumber": len(parts) + 1, "ETag": answer["ETag"], "ChecksumSHA256": checksum})
-            _require_unchanged(sealed, whole.hexdigest())
+            if whole.hexdigest() != sealed.sha256:
+                raise _changed(sealed)  # noqa: TRY301 - the handler below aborts the upload
             composite = f"{base64.b64encode(of_digests.digest()).decode()}-{len(parts)}"
             try:
                 self._client.call(
@@ -554,8 +551,16 @@ class S3Store:
                 yield name
 
 
-def _require_unchanged(sealed: SealedObject, sha256: str) -> None:
-    if sha256 != sealed.sha256:
-        raise IntegrityError(
-            f"the landing file of object {sealed.object_key} holds other bytes than were sealed; nothing was stored: look into the disk",
-        )
+def _require_unchanged(sealed: SealedObject, file: BinaryIO) -> None:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    if digest.hexdigest() != sealed.sha256:
+        raise _changed(sealed)
+
+
+def _changed(sealed: SealedObject) -> IntegrityError:
+    return IntegrityError(
+        f"the landing file of object {sealed.object_key} holds other bytes than were sealed; nothing was stored: look into the disk",
+    )

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 import boto3
 from botocore.config import Config
@@ -22,6 +22,8 @@ from storage.errors import StorageError, Unavailable
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 
+SMALL: Final = (1 << 20) + (64 << 10)
+"""Bytes that may be in memory at once for one request or one open object: an instance of usual size."""
 BROKEN_OFF = (BotoCoreError, HTTPError, OSError)
 """What a connection raises; botocore translates most, but not all, of what lies under it."""
 
@@ -65,7 +67,7 @@ class Deadline:
 
 
 class Window:
-    """A piece of an open file as a request's body: read from the disk as it is sent, never whole in memory.
+    """A piece of an open file as a request's body: read from the disk as it is sent, never whole in memory unless it is `SMALL`.
 
     An error of the disk, or the end of the deadline, stops the sending and is kept in ``failure``: botocore would hide it among those
     of the network.
@@ -95,6 +97,11 @@ class Window:
             raise
         self._at += len(chunk)
         return chunk
+
+    def whole(self) -> bytes:
+        """Return all of it."""
+        self._at = 0
+        return self.read()
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Move as a file does."""
@@ -154,6 +161,10 @@ class S3Client:
         self.attempts = attempts
         self._sleep = sleep
         style = ("path" if endpoint_url else "auto") if addressing_style == "auto" else addressing_style
+        # Over TLS nobody changes a body, and the SHA-256 of an object is among the signed headers.
+        particular: Any = {"addressing_style": style}
+        if not (endpoint_url and endpoint_url.startswith("http://")):
+            particular["payload_signing_enabled"] = False
         self._options: dict[str, Any] = {
             "endpoint_url": endpoint_url,
             "region_name": region,
@@ -163,11 +174,15 @@ class S3Client:
                 read_timeout=read_timeout_s,
                 retries={"total_max_attempts": 1, "mode": "standard"},  # repetitions are ours: they know the deadline
                 max_pool_connections=64,
+                # What a request costs before it leaves the process: arguments are checked by types here, the long name is made anew
+                # for each.
+                parameter_validation=False,
+                user_agent="dicom-node",
                 tcp_keepalive=True,
                 # Checksums are ours, given with each request; the automatic ones use trailers that few compatible services know.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
-                s3={"addressing_style": style},
+                s3=particular,
             ),
         }
         self._renewing = threading.Lock()
@@ -197,7 +212,9 @@ class S3Client:
             Error codes and HTTP statuses that are an answer here: their ``ClientError`` is raised at once and as it is. A missing
             bucket never is.
         body
-            Sent as the request's body, from its start at every try.
+            Sent as the request's body, from its start at every try. A small one goes as bytes at the first: with the headers at once,
+            where what is streamed waits for the service's word to go on, and goes in many small pieces. Later tries stream, since one
+            piece has to be through within a time-out.
 
         Raises
         ------
@@ -210,11 +227,11 @@ class S3Client:
         """
         attempt = 0
         while True:
-            if body is not None:
-                body.seek(0)
-                arguments["Body"] = body
             client = self._client
             try:
+                if body is not None:
+                    arguments["Body"] = body.whole() if not attempt and len(body) <= SMALL else body
+                    body.seek(0)
                 answer: dict[str, Any] = getattr(client, operation)(Bucket=self.bucket, **arguments)
             except (*BROKEN_OFF, ClientError) as error:
                 if body is not None and body.failure is not None:

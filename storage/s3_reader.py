@@ -9,11 +9,9 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from storage.errors import Unavailable
-from storage.objects import CHUNK, absent
-from storage.s3_client import BROKEN_OFF, Deadline, S3Client
+from storage.objects import absent
+from storage.s3_client import BROKEN_OFF, SMALL, Deadline, S3Client
 
-SMALL = CHUNK + (64 << 10)
-"""Objects up to this many bytes are kept whole by their reader."""
 _EDGE = 64 << 10
 """Bytes at either end of a larger object that are kept: header and trailer lie there."""
 _PIECE = 256 << 10
@@ -90,8 +88,8 @@ class ObjectStream:
 class S3Reader:
     """An object opened for reading: an ``ObjectReader``.
 
-    An object up to `SMALL` bytes costs one request, and a larger one read from its start to its end two (its trailer is read first), in
-    bounded memory. Reads elsewhere cost one request each. Closing it unread moves next to nothing.
+    An object up to `SMALL` bytes is kept whole and costs one request; a larger one, read from its start to its end in bounded memory, two
+    (its trailer is read first). Reads elsewhere cost one request each. Closing it unread moves next to nothing.
 
     Parameters
     ----------
