@@ -46,6 +46,7 @@ from storage.records import (
     Summary,
 )
 from storage.reindex import Reindex
+from storage.scrub import Scrub
 from storage.stored import StoredInstance
 from storage.trace import trace
 
@@ -594,7 +595,7 @@ class Archive:
 
     def verify(self, progress: Callable[[int, int | None], object] = lambda _, __: None) -> Reconciliation:
         """Read every object again and compare store and index both ways. See `storage.reconcile.verify`."""
-        return verify(index=self._index, store=self._store, study_keys=self._study_keys, audit=self._audit, progress=progress)
+        return verify(index=self._index, places=self._places, study_keys=self._study_keys, audit=self._audit, progress=progress)
 
     def sweep(self, *, orphan_grace: timedelta | None = None) -> int:
         """Remove landing files of dead processes, and return how many things were removed. For the start; safe at any time.
@@ -605,6 +606,18 @@ class Archive:
         if orphan_grace is not None:
             removed += self.orphans().sweep(grace=orphan_grace).settled
         return removed
+
+    def scrub(self) -> Scrub:
+        """Return what looks after the archived objects, on a schedule."""
+        return Scrub(
+            database=self._database,
+            index=self._index,
+            audit=self._audit,
+            study_keys=self._study_keys,
+            places=self._places,
+            landing=self._landing,
+            reach=self._reach,
+        )
 
     def erasure(self) -> Erasure:
         """Return what erases studies and patients."""

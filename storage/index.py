@@ -94,6 +94,10 @@ class ArchivedObject:
     sha256: str
     """Over the sealed bytes."""
     key_id: str
+    landed_on: str
+    """As `InstanceRecord.landed_on`."""
+    id: int
+    """Number of its row: where a walk goes on."""
     quarantined: bool
 
 
@@ -429,29 +433,27 @@ class Index:
 
     def all_objects(self) -> Iterator[ArchivedObject]:
         """Give every sealed object that the index knows, quarantine included, page by page (no long snapshot)."""
-        for table in (INSTANCES, QUARANTINE):
+        for quarantined in (False, True):
             after = 0
-            page = (
-                select(
-                    table.c.id,
-                    table.c.object_key,
-                    table.c.sop_instance_uid,
-                    table.c.sealed_byte_count,
-                    table.c.sealed_sha256,
-                    table.c.key_id,
-                )
-                .where(table.c.id > bindparam("after"))
-                .order_by(table.c.id)
-                .limit(_PAGE)
-            )
-            while True:
-                with self._database.read() as connection:
-                    rows = connection.execute(page, {"after": after}).all()
-                if not rows:
-                    break
-                for row in rows:
-                    yield ArchivedObject(*row[1:], quarantined=table is QUARANTINE)
-                after = rows[-1].id
+            while page := self.objects_after(after, quarantined=quarantined):
+                yield from page
+                after = page[-1].id
+
+    def objects_after(self, after: int, *, quarantined: bool = False) -> list[ArchivedObject]:
+        """Return the next page of the sealed objects of the archived instances, or of the quarantine, behind the row `after`."""
+        table = QUARANTINE if quarantined else INSTANCES
+        columns = (
+            table.c.object_key,
+            table.c.sop_instance_uid,
+            table.c.sealed_byte_count,
+            table.c.sealed_sha256,
+            table.c.key_id,
+            table.c.landed_on,
+            table.c.id,
+        )
+        statement = select(*columns).where(table.c.id > after).order_by(table.c.id).limit(_PAGE)
+        with self._database.read() as connection:
+            return [ArchivedObject(*row, quarantined=quarantined) for row in connection.execute(statement)]
 
     def known_objects(self, object_keys: Iterable[str]) -> set[str]:
         """Return those of `object_keys` that the index knows; the others are orphans of a crash."""

@@ -1,24 +1,25 @@
-"""Do store and index agree? Every object read again, both directions compared; and what a crash left is removed."""
+"""Do store and index agree? Every object read again, both directions compared; the whole run for people."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from storage.envelope import Opener
-from storage.errors import InstanceNotFound, IntegrityError
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError
 from storage.records import AuditEvent
+from storage.scrub import Elsewhere, alarm, check_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from storage.audit import AuditTrail
-    from storage.index import ArchivedObject, Index
+    from storage.index import Index
     from storage.objects import ObjectStore
+    from storage.places import Places
     from storage.study_keys import StudyKeys
 
-_CHUNK = 1 << 20
+_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Reconciliation:
     """Object keys that the store knows and the index does not: left by a crash, or the index is older than the store."""
     audit_fault: str = ""
     """First break of the audit trail's chain; empty when there is none."""
+    unread: int = 0
+    """Of the objects: those in a cold class, whose length alone was compared, and those on another node's disk yet."""
 
     @property
     def intact(self) -> bool:
@@ -47,6 +50,7 @@ class Reconciliation:
         """Return the findings for people, one a line; object keys, no identities."""
         return [
             f"{self.checked} objects read, {self.byte_count} bytes",
+            *([f"{self.unread} of them lie in a cold class or on another node's disk: not read"] if self.unread else []),
             *(f"object {key} is gone from the store" for key in self.missing),
             *(f"object {key}: {reason}" for key, reason in self.damaged.items()),
             *(f"object {key} is in no row of the index: left by a crash, or the index is older than the store" for key in self.unindexed),
@@ -57,7 +61,7 @@ class Reconciliation:
 def verify(
     *,
     index: Index,
-    store: ObjectStore,
+    places: Places,
     study_keys: StudyKeys,
     audit: AuditTrail,
     progress: Callable[[int, int | None], object],
@@ -73,37 +77,42 @@ def verify(
     Unavailable
         Store or database cannot be read; nothing can be said of what is left.
     """
-    listed = [info.object_key for info in store.list()]
-    known_keys: set[str] = set()
+    store = places.store
     missing: list[str] = []
     damaged: dict[str, str] = {}
-    checked = byte_count = 0
+    checked = byte_count = unread = 0
     for known in index.all_objects():
-        known_keys.add(known.object_key)
         try:
-            _verify_object(index, store, study_keys, known)
-        except InstanceNotFound:
-            missing.append(known.object_key)
-            _record(audit, known, "the object is gone from the store")
-        except IntegrityError as error:
-            damaged[known.object_key] = str(error)
-            _record(audit, known, str(error))
+            check_object(known, index=index, places=places, study_keys=study_keys, thorough=True)
+        except (ColdObject, Elsewhere):
+            unread += 1
+        except (InstanceNotFound, IntegrityError) as error:
+            if index.record_of_object(known.object_key) is None:
+                continue  # erased or replaced meanwhile
+            if isinstance(error, InstanceNotFound):
+                missing.append(known.object_key)
+                alarm(audit, known, "the object is gone from the store")
+            else:
+                damaged[known.object_key] = str(error)
+                alarm(audit, known, str(error))
         checked += 1
         byte_count += known.byte_count
         progress(checked, None)
-    unindexed = [object_key for object_key in listed if object_key not in known_keys]
-    if unindexed:
-        # What had no row may have been on its way in; by now it has one, or was dropped as a duplicate.
-        known_keys = {known.object_key for known in index.all_objects()}
-        unindexed = [object_key for object_key in unindexed if object_key not in known_keys and _there(store, object_key)]
+    unindexed: list[str] = []
+    listed = (info.object_key for info in store.list())
+    while page := list(islice(listed, _PAGE)):
+        unindexed += sorted(set(page) - index.known_objects(page))
+    # What had no row may have been on its way in; by now it has one, or was dropped as a duplicate.
+    known_now = index.known_objects(unindexed)
+    unindexed = [object_key for object_key in unindexed if object_key not in known_now and _there(store, object_key)]
     fault = audit.verify()
-    found = Reconciliation(checked, byte_count, missing, damaged, unindexed, fault.reason if fault else "")
+    found = Reconciliation(checked, byte_count, missing, damaged, unindexed, fault.reason if fault else "", unread)
     audit.record(
         AuditEvent(
             action="archive.verified",
             outcome="success" if found.intact else "objects or audit records are missing or damaged",
             actor="node",
-            detail={"checked": checked, "missing": len(missing), "damaged": len(damaged), "unindexed": len(unindexed)},
+            detail={"checked": checked, "missing": len(missing), "damaged": len(damaged), "unindexed": len(unindexed), "unread": unread},
         ),
     )
     return found
@@ -111,40 +120,7 @@ def verify(
 
 def _there(store: ObjectStore, object_key: str) -> bool:
     try:
-        store.open(object_key).close()
+        store.stat(object_key)
     except InstanceNotFound:
         return False
     return True
-
-
-def _verify_object(index: Index, store: ObjectStore, study_keys: StudyKeys, known: ArchivedObject) -> None:
-    reader = store.open(known.object_key)
-    try:
-        sealed = hashlib.sha256()
-        for offset in range(0, reader.size, _CHUNK):
-            sealed.update(reader.read_at(offset, _CHUNK))
-        if (reader.size, sealed.hexdigest()) != (known.byte_count, known.sha256):
-            raise IntegrityError("the sealed bytes are not those that were stored")
-        opener = Opener(study_keys, known.object_key, reader.read_at, reader.size)
-        plain = hashlib.sha256()
-        for chunk in opener.chunks():
-            plain.update(chunk)
-        digests = {plain.hexdigest(), opener.footer()["summary"]["sha256"]}
-        if not known.quarantined:
-            digests.add(index.find(known.sop_instance_uid).summary.sha256)
-        if len(digests) != 1:
-            raise IntegrityError("data set, footer and row do not tell the same digest")
-    finally:
-        reader.close()
-
-
-def _record(audit: AuditTrail, known: ArchivedObject, outcome: str) -> None:
-    audit.record(
-        AuditEvent(
-            action="instance.damaged",
-            outcome=outcome,
-            actor="node",
-            subject=known.sop_instance_uid,
-            detail={"object_key": known.object_key},
-        ),
-    )
