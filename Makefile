@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: help run test peers interop check bench clean
+.PHONY: help run test peers interop soak check bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,16 @@ peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL and the like (needs r
 
 interop: $(VENV)/development  ## tests against the peers
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m peer
+
+MINUTES ?= 60
+
+soak: $(VENV)/development  ## faults, for MINUTES (60): kills, power cuts, random schedules; as root for all of it
+	$(BIN)/pytest -n 0 -m soak tests/faults
+	$(BIN)/python -m tests.faults.walk --points 8 --kills 500 --syscalls --errors
+	$(BIN)/python -m tests.faults.walk --store land --points 3 --kills 100
+	$(BIN)/python -m tests.faults.walk --store land --rotate --points 2
+	$(BIN)/python -m tests.faults.walk --store archive --points 3
+	$(BIN)/python -m tests.faults.schedules --minutes $(MINUTES)
 
 check: $(VENV)/development  ## ruff, mypy, import-linter, the Dockerfile
 	$(BIN)/ruff check .

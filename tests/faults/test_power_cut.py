@@ -21,6 +21,7 @@ import pytest
 
 from storage.failpoints import VARIABLE
 from tests.faults.ground import INTAKE_STEPS, WORK_STEPS
+from tests.faults.site import Site, site
 
 pytestmark = pytest.mark.peer
 
@@ -50,18 +51,22 @@ import os, sys
 from pathlib import Path
 from storage.failpoints import failpoint_from_environment
 from tests.faults.ground import run
+from tests.faults.site import Site
 def say(line):
     print(line, flush=True)
     sys.stdin.readline()
-first, count, threads = (int(word) for word in sys.argv[2:])
-run(Path(sys.argv[1]), range(first, first + count), say, reach=failpoint_from_environment(os.environ), threads=threads)
+first, count, threads = (int(word) for word in sys.argv[2:5])
+site = Site(sys.argv[5], sys.argv[6], Path(sys.argv[7]))
+run(Path(sys.argv[1]), range(first, first + count), say, reach=failpoint_from_environment(os.environ), threads=threads, site=site)
 """
 _JUDGE = """
 import sys
 from pathlib import Path
 from tests.faults.ground import judge
+from tests.faults.site import Site
 lines = sys.stdin.read().splitlines()
-verdict = judge(Path(sys.argv[1]), lines, range(int(sys.argv[2]), int(sys.argv[3])))
+site = Site(sys.argv[4], sys.argv[5], Path(sys.argv[6]))
+verdict = judge(Path(sys.argv[1]), lines, range(int(sys.argv[2]), int(sys.argv[3])), site=site)
 print(verdict.lost, *verdict.faults, sep="\\n")
 """
 
@@ -126,13 +131,24 @@ def flushless(tmp_path: Path) -> dict[str, str]:
     return {"LD_PRELOAD": str(library)}
 
 
+def words(where: Site) -> list[str]:
+    """A site, for a process of its own."""
+    return [where.kind, where.endpoint, str(where.buckets)]
+
+
 @contextmanager
 def node(
-    folder: Path, first: int, count: int, *, threads: int = 1, environ: dict[str, str] | None = None
+    folder: Path,
+    first: int,
+    count: int,
+    *,
+    threads: int = 1,
+    environ: dict[str, str] | None = None,
+    where: Site = Site(),  # noqa: B008 - frozen
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a node that says each acknowledgement and waits until it may go on; killed at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _NODE, str(folder), str(first), str(count), str(threads)],
+        [sys.executable, "-c", _NODE, str(folder), str(first), str(count), str(threads), *words(where)],
         cwd=_REPOSITORY,
         env={**os.environ, **(environ or {})},
         stdin=subprocess.PIPE,
@@ -147,13 +163,21 @@ def node(
         process.communicate()
 
 
-def judged(copy: Path, mount_point: Path, said: list[str], first: int, last: int) -> tuple[int, list[str]]:
+def judged(
+    copy: Path,
+    mount_point: Path,
+    said: list[str],
+    first: int,
+    last: int,
+    *,
+    where: Site = Site(),  # noqa: B008 - frozen
+) -> tuple[int, list[str]]:
     """Mount a copy, start on it, return how many acknowledged instances are lost and every fault."""
     disk = Disk(copy, mount_point)
     disk.mount()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _JUDGE, str(mount_point / "house"), str(first), str(last)],
+            [sys.executable, "-c", _JUDGE, str(mount_point / "house"), str(first), str(last), *words(where)],
             cwd=_REPOSITORY,
             input="\n".join(said),
             capture_output=True,
@@ -204,6 +228,58 @@ def test_power_cut_without_flushes_loses_instances(disk: Disk, tmp_path: Path, f
     found = cut_at_each_acknowledgement(disk, tmp_path, count=2, environ=flushless)
     assert len(found) == 4
     assert all(lost > 0 for lost, _ in found), found
+
+
+def cut_with_a_spool(disk: Disk, tmp_path: Path, *, count: int, environ: dict[str, str]) -> list[tuple[int, list[str]]]:
+    """As `cut_at_each_acknowledgement`, by policy ``land``: the spool is on the disk that is cut, the bucket elsewhere."""
+    cuts: list[tuple[Path, Path, list[str]]] = []
+    said: list[str] = []
+    folder = disk.mount_point / "house"
+    with site("land", tmp_path) as where:
+        bucket = where.buckets / where.bucket_of(folder)
+        for first, number, surroundings in ((0, 1, {}), (1, count, environ)):
+            with node(folder, first, number, environ=surroundings, where=where) as process:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                for line in iter(process.stdout.readline, ""):
+                    if first:
+                        copy, bucket_copy = tmp_path / f"cut{len(cuts)}.img", tmp_path / f"bucket{len(cuts)}"
+                        disk.cut(copy)
+                        shutil.copytree(bucket, bucket_copy)
+                        said.append(line.strip())
+                        cuts.append((copy, bucket_copy, list(said)))
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+            _do("sync", "-f", str(disk.mount_point)) if not first else None
+        disk.unmount()
+        found = []
+        for copy, bucket_copy, before in cuts:
+            judged_bucket = where.buckets / where.bucket_of(tmp_path / "copy" / "house")
+            shutil.rmtree(judged_bucket, ignore_errors=True)
+            shutil.copytree(bucket_copy, judged_bucket)
+            found.append(judged(copy, tmp_path / "copy", before, 0, 1 + count, where=where))
+    return found
+
+
+def test_power_cut_of_the_spool(disk: Disk, tmp_path: Path) -> None:
+    """Acknowledged by ``land``, then the power goes: the spool has it, and after the restart it is brought (faults 2, 3)."""
+    found = cut_with_a_spool(disk, tmp_path, count=3, environ={})
+    assert len(found) == 6
+    assert [faults for _, faults in found if faults] == []
+
+
+@pytest.mark.soak
+def test_power_cut_of_the_spool_without_flushes(disk: Disk, tmp_path: Path, flushless: dict[str, str]) -> None:
+    """Negative control: with every flush switched off the spool loses what it had promised."""
+    assert any(lost > 0 for lost, _ in cut_with_a_spool(disk, tmp_path, count=2, environ=flushless))
+
+
+@pytest.mark.soak
+def test_many_power_cuts(disk: Disk, tmp_path: Path) -> None:
+    """A hundred cuts, one at each acknowledgement of fifty instances."""
+    found = cut_at_each_acknowledgement(disk, tmp_path, count=50, environ={})
+    assert len(found) == 100
+    assert [faults for _, faults in found if faults] == []
 
 
 def test_power_cut_at_each_step(disk: Disk, tmp_path: Path) -> None:

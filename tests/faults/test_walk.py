@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.ground import INTAKE_STEPS, WORK_STEPS, judge, run
+from tests.faults.ground import INTAKE_STEPS, MOVE_STEPS, ROTATE_STEPS, WORK_STEPS, judge, run
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,39 @@ def test_killed_at_every_step() -> None:
 def test_killed_at_random_moments() -> None:
     """SIGKILL at ten random moments: the same."""
     assert "killed at random: 10" in walk("--kills", "10")
+
+
+def test_killed_with_a_bucket() -> None:
+    """SIGKILL at each step that is another one with S3: the spool, the Mover, the document of a key, the store at once (faults 1, 4)."""
+    steps = ("object.renamed", "index.begin", "index.committed", *MOVE_STEPS)
+    told = walk("--store", "land", "--points", "1", "--senders", "1", "--steps", *steps)
+    for step in steps:
+        assert f"killed at {step}:1: 1" in told
+    walk("--store", "archive", "--points", "1", "--senders", "1", "--steps", "object.renamed", "directory.flushed", "index.committed")
+
+
+def test_killed_while_rotating() -> None:
+    """SIGKILL at each step of a rotation while instances come in: every object opens, every key's document too (fault 46)."""
+    told = walk("--rotate", "--points", "1", "--senders", "1", "--steps", *ROTATE_STEPS, "index.committed")
+    for step in ROTATE_STEPS:
+        assert f"killed at {step}:1: 1" in told
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("store", ["directory", "archive", "land"])
+def test_killed_everywhere(store: str) -> None:
+    """SIGKILL at each step, the first three times, with one sender and with three."""
+    walk("--store", store, "--points", "3")
+
+
+@pytest.mark.peer
+def test_calls_that_fail() -> None:
+    """EIO and ENOSPC at some calls of each kind: refused, never lost; the node goes on or says why it cannot (faults 18, 20, 21)."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    told = walk("--errors", "150", "--calls", "write", "pwrite64", "fsync", "fdatasync", "link,linkat")
+    assert "fsync EIO" in told
+    assert " 0 calls failed" not in told.splitlines()[-1]
 
 
 @pytest.mark.peer

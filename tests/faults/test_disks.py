@@ -1,0 +1,173 @@
+"""Disks that are full, read-only or gone, and a process without descriptors: refused, never lost, and well again without a hand."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.errors import StorageError, Unavailable
+from storage.objects import DirectoryStore
+from tests.storage.house import House, build
+from tests.storage.samples import Sample, photograph
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB in memory; mounting it needs root."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    where = tmp_path / "disk"
+    where.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", where], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mount here: {done.stderr}")
+    yield where
+    subprocess.run(["umount", "--lazy", where], check=True)
+
+
+def fill(disk: Path, left: int) -> Path:
+    """Leave so many bytes; return the file to remove."""
+    ballast = disk / "ballast"
+    space = os.statvfs(disk)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(space.f_bavail * space.f_frsize - left, 1))
+    return ballast
+
+
+def big() -> Sample:
+    """A picture of a megabyte."""
+    return photograph(rows=1024, columns=1024)
+
+
+def readable(house: House, samples: list[Sample]) -> bool:
+    """Whether what was acknowledged is all there."""
+    return all(house.read(sample.sop_instance_uid) == sample.data_set for sample in samples)
+
+
+@pytest.mark.parametrize("left", [0, 64 << 10, 600 << 10, MIB + (20 << 10)], ids=["none", "64k", "600k", "all but the end"])
+def test_a_full_disk_refuses_and_recovers_alone(disk: Path, left: int) -> None:
+    """Full before, during or after the last write: Unavailable (0xA700), nothing left lying; with room again the same is taken (18)."""
+    house = build(disk / "house", min_free_bytes=0)
+    before, more = big(), big()
+    house.ingest(before)
+    ballast = fill(disk, left)
+    with pytest.raises(Unavailable) as refusal:
+        house.ingest(more)
+    assert refusal.value.failure_reason == 0xA700
+    assert readable(house, [before])
+    assert house.landing_files() == []
+    ballast.unlink()
+    house.ingest(more)
+    assert readable(house, [before, more])
+    house.close()
+
+
+def test_control_a_disk_with_room_takes_the_same(disk: Path) -> None:
+    """Negative control: what is refused above is refused for the want of room alone."""
+    house = build(disk / "house", min_free_bytes=0)
+    samples = [big(), big()]
+    ballast = fill(disk, 8 * MIB)
+    for sample in samples:
+        house.ingest(sample)
+    ballast.unlink()
+    assert readable(house, samples)
+    house.close()
+
+
+def test_a_full_disk_of_the_database_refuses_and_recovers_alone(disk: Path, tmp_path: Path) -> None:
+    """Index, queue and audit trail on a full disk, objects on another: no row and no record, so no Success; then all of it (19, 48)."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "landing").mkdir(parents=True)
+    (disk / "house").mkdir()
+    (disk / "house" / "landing").symlink_to(elsewhere / "landing")
+    house = build(disk / "house", store=DirectoryStore(elsewhere / "objects"))
+    samples: list[Sample] = [photograph()]
+    house.ingest(samples[0])
+    ballast = fill(disk, 0)
+    refused: list[Sample] = []
+    for _ in range(40):  # some pages are free in the log yet
+        sample = photograph()
+        try:
+            house.ingest(sample)
+        except Unavailable:
+            refused.append(sample)
+        else:
+            samples.append(sample)
+    assert refused
+    assert readable(house, samples)
+    ballast.unlink()
+    for sample in refused:
+        house.ingest(sample)
+    assert readable(house, samples + refused)
+    assert house.actions().count("instance.received") == len(samples + refused)
+    assert house.audit.verify() is None
+    house.close()
+
+
+def test_a_read_only_disk_refuses_and_still_reads(disk: Path) -> None:
+    """Read-only of a sudden: refused in words, what is there is read; writable again, it takes more without a restart (22)."""
+    house = build(disk / "house", min_free_bytes=0)
+    before, more = photograph(), photograph()
+    house.ingest(before)
+    # A mount over the mount: the file system itself has open files, and could not be made read-only by hand.
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+        with pytest.raises(Unavailable, match="read-only"):
+            house.ingest(more)
+        assert readable(house, [before])
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    house.ingest(more)
+    assert readable(house, [before, more])
+    house.close()
+
+
+def test_a_landing_folder_that_is_gone_refuses(tmp_path: Path) -> None:
+    """The landing folder removed under the node: refused in words, what is there is read; put back, it takes more (22)."""
+    house = build(tmp_path / "house")
+    before, more = photograph(), photograph()
+    house.ingest(before)
+    shutil.move(tmp_path / "house" / "landing", tmp_path / "gone")
+    with pytest.raises(Unavailable, match="the folder is gone"):
+        house.ingest(more)
+    assert readable(house, [before])
+    shutil.move(tmp_path / "gone", tmp_path / "house" / "landing")
+    house.ingest(more)
+    assert readable(house, [before, more])
+    house.close()
+
+
+def test_no_more_files_refuses_and_recovers_alone(tmp_path: Path) -> None:
+    """No file descriptor left: Unavailable and nothing stored by half; with descriptors again the same is taken (21)."""
+    house = build(tmp_path / "house")
+    before, more = photograph(), photograph()
+    house.ingest(before)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    refusals = 0
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    try:
+        for spare in range(6):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, hard))
+            try:
+                house.ingest(more)
+            except StorageError:
+                refusals += 1
+            else:
+                break
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert refusals
+    house.ingest(more)
+    assert readable(house, [before, more])
+    assert house.landing_files() == []
+    house.close()
