@@ -11,9 +11,10 @@ import typer
 from rich.text import Text
 
 from dicom_node import config
-from dicom_node.cli_archive import duties, erase, hold_app, migrate, nodes, quarantine_app
+from dicom_node.cli_archive import duties, erase, hold_app, migrate, nodes, quarantine_app, reindex
 from dicom_node.cli_keys import keys_app
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
+from dicom_node.errors import StartError
 from storage.records import AuditEvent, JobKind
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -42,7 +43,7 @@ def serve(
                 node.serve(settings, config_file)
             else:
                 node.serve_role(settings, role, lifeline=lifeline, status=status)
-        except node.StartError as error:
+        except StartError as error:
             if lifeline < 0:
                 raise fail(*error.faults) from error
             # Under the supervisor this is a log line among others.
@@ -204,7 +205,7 @@ def verify(config_file: ConfigOption = None) -> None:
             )
 
 
-for command in (nodes, duties, erase, migrate):
+for command in (nodes, duties, erase, reindex, migrate):
     app.command()(command)
 
 

@@ -201,3 +201,19 @@ def migrate(
         for name, rows in counted.items():
             typer.echo(f"{rows:>9}  {name}")
         typer.echo(f"every table compared. The old database is retired: stop the node, and start it with --config {to}")
+
+
+def reindex(
+    deliver: Annotated[
+        bool, typer.Option("--deliver", help="Deliver every report again: what was delivered already nobody knows.")
+    ] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Make index, keys and quarantine anew from the store and the ring alone, into an empty database. Killed, it goes on when run again."""
+    from dicom_node import node, storehouse
+
+    with faults_as_sentences(), node.alone(settings_of(config_file)) as parts, progress_bar("reindexing") as progress:
+        found = storehouse.reindexing(parts, deliver=deliver).run(lambda _pass, done, total: progress(done, total))
+    typer.echo(str(found))
+    if found.unreadable or found.without_key:
+        raise fail("some objects could not be opened; the lines above count them, the log names them")

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dicom_node import config
 from dicom_node.config import ConfigurationError, Settings
+from dicom_node.errors import StartError
 from storage.errors import StorageError
 
 ConfigOption = Annotated[
@@ -40,7 +41,7 @@ def faults_as_sentences() -> Iterator[None]:
     """Turn the errors we know into sentences; what we do not know stays a traceback, since it is a bug."""
     try:
         yield
-    except ConfigurationError as error:
+    except (ConfigurationError, StartError) as error:
         raise fail(*error.faults) from error
     except StorageError as error:
         raise fail(str(error)) from error

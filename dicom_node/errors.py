@@ -1,4 +1,4 @@
-"""What can go wrong on the way out. The class says whether trying again can help.
+"""What keeps a node from starting, and what can go wrong on the way out. The class says whether trying again can help.
 
 ::
 
@@ -47,3 +47,11 @@ class PeerUnreachable(DeliveryError):
     """No answer from the peer; nothing is known of the instance's fate there, so it is sent again under the same UID."""
 
     retryable = True
+
+
+class StartError(Exception):
+    """The node cannot start; each fault is a sentence with its remedy."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from dicom_node.config import Settings
+from dicom_node.errors import StartError
 from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
@@ -41,14 +43,6 @@ log = structlog.get_logger()
 ROLES = ("dimse", "web", "worker", "courier", "mover")
 PORT_WAIT_S = 15.0
 """How long a start waits for ports that the children of a killed node are still giving back."""
-
-
-class StartError(Exception):
-    """The node cannot start; each fault is a sentence with its remedy."""
-
-    def __init__(self, *faults: str) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
 
 
 def model_bundles(settings: Settings) -> tuple[ModelBundle, ...]:
@@ -100,6 +94,30 @@ def _prepare(settings: Settings) -> None:
         database.migrate()
     finally:
         database.close()
+
+
+@contextmanager
+def alone(settings: Settings) -> Iterator[Storehouse]:
+    """Open the archive, prepared, while no node runs on the data folder or shares the database: for commands that rebuild it.
+
+    Raises
+    ------
+    StartError
+        A node runs.
+    storage.errors.StorageError
+        Keys, database or store cannot be used.
+    """
+    lock = _own(settings)
+    try:
+        _prepare(settings)
+        with storage(settings) as parts:
+            since = parts.database.clock() - timedelta(seconds=4 * SEEN_EVERY_S)
+            living = [one for one in parts.nodes.all() if one.seen_at > since]
+            if living:
+                raise StartError(*(f"node {one.node_id} on {one.host} uses the database; stop it first" for one in living))
+            yield parts
+    finally:
+        os.close(lock)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from storage.nodes import Nodes
 from storage.objects import DirectoryStore, ObjectStore
 from storage.quarantine import Quarantine
 from storage.records import AuditEvent, Job, JobKind, Limits, NewJob, Origin, Summary
+from storage.reindex import Reindex
 from storage.study_keys import StudyKeys
 from storage.work import DEFAULT_ATTEMPTS, WorkQueue, growing_delay
 
@@ -258,6 +259,21 @@ def quarantine(parts: Storehouse) -> Quarantine:
         places=parts.archive.places,
         holds=parts.holds,
         jobs_for=parts.jobs_for,
+        reach=failpoint_from_environment(os.environ),
+    )
+
+
+def reindexing(parts: Storehouse, *, deliver: bool = False) -> Reindex:
+    """Make what rebuilds the index from the store."""
+    return Reindex(
+        database=parts.database,
+        index=parts.index,
+        queue=parts.queue,
+        audit=parts.audit,
+        study_keys=parts.study_keys,
+        places=parts.archive.places,
+        jobs_for=parts.jobs_for,
+        deliver=deliver,
         reach=failpoint_from_environment(os.environ),
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dicom_node import config, node, storehouse
-from dicom_node.node import StartError
+from dicom_node.errors import StartError
 from storage.database import Database
 from storage.keys import Ring
 from storage.records import JobKind, JobState, NewJob, SealedObject
