@@ -260,7 +260,7 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
             _SQLITE + "test_a_full_disk_fails_the_write_and_recovers",
         ),
         _DISKS + "test_control_a_disk_with_room_takes_the_same",
-        "application log: the node writes to standard output only, see 56",
+        "application log: the node writes to standard error only, see 56",
     ),
     Fault(
         20,
@@ -614,6 +614,6 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
         "log volume full, log pipe stuck",
         "P4",
         (),
-        missing="the node writes its log to standard output and waits for whoever reads it: a stuck reader blocks it",
+        missing="the node writes its log to standard error and waits for whoever reads it: a stuck reader would block it",
     ),
 )
