@@ -268,12 +268,14 @@ def test_a_closed_database_refuses_work(database: Database) -> None:
 def test_errors_carry_no_values(database: Database) -> None:
     """The text of an engine's error never holds what was to be written: it would end in a log."""
     database.write(lambda c: put(c, 1, CANARY))
-    with pytest.raises(IntegrityError) as caught:
-        database.write(lambda c: put(c, 1, CANARY))
-    chain: BaseException | None = caught.value
-    while chain is not None:
-        assert CANARY not in str(chain)
-        chain = chain.__cause__ or chain.__context__
+    without_actor = text("INSERT INTO audit VALUES (2, 0, :canary, '', NULL, '', '', '')")  # PostgreSQL would show the whole row
+    for work in (lambda c: put(c, 1, CANARY), lambda c: c.execute(without_actor, {"canary": CANARY})):
+        with pytest.raises(IntegrityError) as caught:
+            database.write(work)
+        chain: BaseException | None = caught.value
+        while chain is not None:
+            assert CANARY not in str(chain)
+            chain = chain.__cause__ or chain.__context__
 
 
 def test_times_are_kept_to_the_microsecond() -> None:

@@ -152,6 +152,14 @@ def test_terminated_backends_cost_nothing(durable: Database, durable_server: Pos
     load.ends()
 
 
+def test_connections_lost_while_idle_are_noticed_by_nobody(durable: Database, durable_server: PostgresqlServer) -> None:
+    """After a night, a firewall or a restart of the server the first read and the first write work."""
+    trail = AuditTrail(database=durable)
+    for number in range(3):
+        assert (trail.record(AuditEvent("x", "success", "y")), trail.head()[0]) == (number + 1, number + 1)
+        durable_server.execute("SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity WHERE application_name = 'dicom-node'")
+
+
 def test_who_waits_for_changes_hears_them_again(durable: Database, durable_server: PostgresqlServer) -> None:
     """A listener whose connection was cut listens again, and takes what it missed for news."""
     assert durable.changed(30)
