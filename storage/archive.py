@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from storage.admission import Admission, OnConflict, actor_of, event_of
+from storage.caretaker import Caretaker
 from storage.database import utc_now
 from storage.erasure import Erasure
 from storage.errors import ColdObject, ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
@@ -46,6 +47,7 @@ from storage.records import (
     Summary,
 )
 from storage.reindex import Reindex
+from storage.retention import Retention
 from storage.scrub import Scrub
 from storage.stored import StoredInstance
 from storage.trace import trace
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from storage.audit import AuditTrail
     from storage.cache import ReadCache
     from storage.database import Database
+    from storage.duties import Duties
     from storage.index import Index
     from storage.objects import DirectoryStore, ObjectReader, ObjectStore
     from storage.study_keys import StudyKey, StudyKeys
@@ -631,6 +634,16 @@ class Archive:
             holds=self._holds,
             reach=self._reach,
         )
+
+    def caretaker(self, *, duties: Duties, **settings: Any) -> Caretaker:
+        """Return what does the duties of this node; `settings` as `storage.caretaker.Caretaker`."""
+        return Caretaker(
+            archive=self, places=self._places, study_keys=self._study_keys, duties=duties, **{"clock": self._clock, **settings}
+        )
+
+    def retention(self, *, days: float) -> Retention:
+        """Return what lists and erases studies of which nothing came for so many days; 0: never."""
+        return Retention(database=self._database, erasure=self.erasure(), days=days, clock=self._clock)
 
     def quarantine(self) -> Quarantine:
         """Return what shows, accepts and drops what was kept aside."""

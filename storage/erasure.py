@@ -11,14 +11,18 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from datetime import datetime
 from typing import TYPE_CHECKING
 
+from sqlalchemy import bindparam, func, select
+
+from storage.database import to_micros
 from storage.errors import InstanceNotFound, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import AuditEvent, JobKind, NewJob
 from storage.removal import RemovedObject, instances_in, remove_in, remove_quarantined_in, reports_made_from_in, studies_in
 from storage.study_keys import document_name
+from storage.tables import INSTANCE_JOIN, INSTANCES, STUDIES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from storage.work import WorkQueue
 
 _PARALLEL = 8
+_NEWEST = select(func.max(INSTANCES.c.received_at)).select_from(INSTANCE_JOIN).where(STUDIES.c.study_instance_uid == bindparam("study"))
 _log = logging.getLogger(__name__)
 
 
@@ -85,21 +90,34 @@ class Erasure:
         self._holds = holds
         self._reach = reach
 
-    def erase_study(self, study_instance_uid: str, *, actor: str, reason: str) -> Erased:
+    def erase_study(self, study_instance_uid: str, *, actor: str, reason: str, received_before: datetime | None = None) -> Erased:
         """Erase a study: its instances, the reports made from them, what of it is in quarantine, its keys.
 
         Once more, for a study that is erased: deletes what a crash or an absent store left.
+
+        Parameters
+        ----------
+        received_before
+            Only if all of its instances came before that moment.
 
         Raises
         ------
         InstanceNotFound
             No such study was ever here.
         StorageError
-            It is under legal hold. Nothing was changed.
+            It is under legal hold, or an instance came later than `received_before`. Nothing was changed.
         Unavailable
             The database; nothing was changed, or (PostgreSQL lost while committing) nobody knows: call again.
         """
-        return self._finish(self._database.write(partial(self._erase_in, [study_instance_uid], actor=actor, reason=reason)))
+
+        def work(connection: Connection) -> Erased:
+            if received_before is not None:
+                newest = connection.execute(_NEWEST, {"study": study_instance_uid}).scalar()
+                if newest is not None and newest >= to_micros(received_before):
+                    raise StorageError("an instance of the study came after that moment: nothing was erased")
+            return self._erase_in([study_instance_uid], connection, actor=actor, reason=reason)
+
+        return self._finish(self._database.write(work))
 
     def erase_patient(self, patient_id: str, issuer_of_patient_id: str = "", *, actor: str, reason: str) -> Erased:
         """Erase every study of a patient, and what else of the patient is in quarantine.

@@ -52,6 +52,7 @@ _DEEP_RESTORE_S = MappingProxyType({"Expedited": 12 * 3600, "Standard": 12 * 360
 _DEEP = frozenset({"DEEP_ARCHIVE", "DEEP_ARCHIVE_ACCESS"})
 _NOT_IMPLEMENTED: frozenset[str | int] = frozenset({"NotImplemented", "MethodNotAllowed", 405, 501})
 _TAG_NAME, _TAG_VALUE = re.compile(r"[\w +\-=.:/@]{1,128}"), re.compile(r"[\w +\-=.:/@]{0,256}")
+_NO_UPLOADS = _NOT_IMPLEMENTED | {"NoSuchUpload"}  # rclone's answer when there is none
 _CLEANING_S = 15.0
 """Deadline for removing what a failed operation left; its own has passed perhaps."""
 
@@ -292,7 +293,7 @@ class S3Store:
             deadline = self._deadline()
             try:
                 page = self._client.call(
-                    "list_multipart_uploads", deadline, "list", expected=_NOT_IMPLEMENTED, Prefix=self._prefix, MaxUploads=1000, **marks
+                    "list_multipart_uploads", deadline, "list", expected=_NO_UPLOADS, Prefix=self._prefix, MaxUploads=1000, **marks
                 )
             except ClientError:
                 return cleaned

@@ -1,0 +1,111 @@
+"""Retention: studies are erased when nothing of them came for long enough, unless they are under legal hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import bindparam, exists, func, select
+
+from storage.database import from_micros, to_micros, utc_now
+from storage.errors import StorageError, Unavailable
+from storage.holds import HOLDS
+from storage.tables import INSTANCE_JOIN, INSTANCES, STUDIES
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.erasure import Erasure
+
+_PAGE = 500
+_STUDY = 1 << 20
+_NEWEST = func.max(INSTANCES.c.received_at).label("newest")
+_STUDIES = (
+    select(STUDIES.c.id, STUDIES.c.study_instance_uid, _NEWEST, func.count().label("instances"))
+    .select_from(INSTANCE_JOIN)
+    .where(STUDIES.c.id > bindparam("after"), STUDIES.c.id <= bindparam("last"))
+    .where(~exists().where(HOLDS.c.study_instance_uid == STUDIES.c.study_instance_uid))
+    .group_by(STUDIES.c.id, STUDIES.c.study_instance_uid)
+    .having(bindparam("before") > _NEWEST)
+    .order_by(STUDIES.c.id)
+)
+_IDS = select(STUDIES.c.id).where(STUDIES.c.id > bindparam("after")).order_by(STUDIES.c.id).limit(_PAGE)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DueStudy:
+    """A study whose time is over."""
+
+    study_instance_uid: str
+    newest_at: datetime
+    """When the last of its instances came (reports made here are instances too)."""
+    instances: int
+
+
+class Retention:
+    """Lists and erases what is due.
+
+    Parameters
+    ----------
+    database, erasure
+        The parts it ties together.
+    days
+        A study is due when its newest instance came longer ago; 0: never.
+    clock
+        Time of day. Put forward by mistake it makes everything due: `erase_due` goes slowly, and stops at a word.
+    """
+
+    def __init__(self, *, database: Database, erasure: Erasure, days: float, clock: Callable[[], datetime] = utc_now) -> None:
+        self._database = database
+        self._erasure = erasure
+        self._days = days
+        self._clock = clock
+
+    def due(self) -> Iterator[DueStudy]:
+        """Give what is due now, oldest filed first; changes nothing. Studies under hold are never due."""
+        if self._days > 0:
+            yield from self._before(self._clock() - timedelta(days=self._days))
+
+    def erase_due(self, *, pace: Callable[[int], object] = lambda _: None) -> int:
+        """Erase what is due, one study after the other, each with its audit record; return how many.
+
+        Parameters
+        ----------
+        pace
+            Called after each study with a megabyte, so that they go no faster than so many a second; may raise to stop.
+
+        Raises
+        ------
+        Unavailable
+            The database; what was erased stays so.
+        """
+        if self._days <= 0:
+            return 0
+        before = self._clock() - timedelta(days=self._days)
+        count = 0
+        for study in self._before(before):
+            try:
+                reason = f"retention: nothing came for {self._days:g} days"
+                self._erasure.erase_study(study.study_instance_uid, actor="retention", reason=reason, received_before=before)
+                count += 1
+            except Unavailable:
+                raise
+            except StorageError as error:  # erased, put under hold, or more of it came, since it was listed
+                _log.info("retention.passed_over", extra={"reason": str(error)})
+            pace(_STUDY)
+        return count
+
+    def _before(self, before: datetime) -> Iterator[DueStudy]:
+        after = 0
+        while True:
+            with self._database.read() as connection:
+                ids = list(connection.scalars(_IDS, {"after": after}))
+                if not ids:
+                    return
+                rows = connection.execute(_STUDIES, {"after": after, "last": ids[-1], "before": to_micros(before)}).all()
+            after = ids[-1]
+            for row in rows:
+                yield DueStudy(row.study_instance_uid, from_micros(row.newest), row.instances)
