@@ -52,18 +52,26 @@ def readable(house: House, samples: list[Sample]) -> bool:
     return all(house.read(sample.sop_instance_uid) == sample.data_set for sample in samples)
 
 
-@pytest.mark.parametrize("left", [0, 64 << 10, 600 << 10, MIB + (20 << 10)], ids=["none", "64k", "600k", "all but the end"])
-def test_a_full_disk_refuses_and_recovers_alone(disk: Path, left: int) -> None:
-    """Full before, during or after the last write: Unavailable (0xA700), nothing left lying; with room again the same is taken (18)."""
-    house = build(disk / "house", min_free_bytes=0)
+def split(here: Path, landing_at: Path) -> House:
+    """A house whose database is in `here`, and whose landing folder and objects are in `landing_at`."""
+    (landing_at / "landing").mkdir(parents=True)
+    here.mkdir(exist_ok=True)
+    (here / "landing").symlink_to(landing_at / "landing")
+    return build(here, store=DirectoryStore(landing_at / "objects"), min_free_bytes=0)
+
+
+@pytest.mark.parametrize("left", [0, 64 << 10, 600 << 10, MIB], ids=["none", "64k", "600k", "all but the end"])
+def test_a_full_disk_refuses_and_recovers_alone(disk: Path, tmp_path: Path, left: int) -> None:
+    """Full before, during or at the last write: Unavailable (0xA700), nothing left lying; with room again the same is taken (18)."""
+    house = split(tmp_path / "house", disk / "spool")
     before, more = big(), big()
     house.ingest(before)
     ballast = fill(disk, left)
-    with pytest.raises(Unavailable) as refusal:
+    with pytest.raises(Unavailable, match="landing: the disk is full") as refusal:
         house.ingest(more)
     assert refusal.value.failure_reason == 0xA700
     assert readable(house, [before])
-    assert house.landing_files() == []
+    assert [path for path in (disk / "spool" / "landing").rglob("*") if path.is_file()] == []
     ballast.unlink()
     house.ingest(more)
     assert readable(house, [before, more])
@@ -84,11 +92,7 @@ def test_control_a_disk_with_room_takes_the_same(disk: Path) -> None:
 
 def test_a_full_disk_of_the_database_refuses_and_recovers_alone(disk: Path, tmp_path: Path) -> None:
     """Index, queue and audit trail on a full disk, objects on another: no row and no record, so no Success; then all of it (19, 48)."""
-    elsewhere = tmp_path / "elsewhere"
-    (elsewhere / "landing").mkdir(parents=True)
-    (disk / "house").mkdir()
-    (disk / "house" / "landing").symlink_to(elsewhere / "landing")
-    house = build(disk / "house", store=DirectoryStore(elsewhere / "objects"))
+    house = split(disk / "house", tmp_path / "elsewhere")
     samples: list[Sample] = [photograph()]
     house.ingest(samples[0])
     ballast = fill(disk, 0)
