@@ -121,8 +121,8 @@ def alone(settings: Settings) -> Iterator[Storehouse]:
 
 
 @contextmanager
-def _present(settings: Settings, parts: Storehouse) -> Iterator[None]:
-    """Be in the register of nodes, and say from time to time that this one lives."""
+def _present(settings: Settings, parts: Storehouse, lock: int) -> Iterator[None]:
+    """Be in the register of nodes, and say from time to time that this one lives; `lock` is that of its data folder."""
     unknown = sorted(key_id for key_id in parts.study_keys.counts() if not parts.ring.holds(key_id))
     if unknown:
         raise StartError(
@@ -147,8 +147,9 @@ def _present(settings: Settings, parts: Storehouse) -> Iterator[None]:
     finally:
         gone.set()
         thread.join()
-        with suppress(StorageError):  # the others notice within a minute
-            parts.nodes.leave(parts.node_id)
+        if _last(lock):  # while another role of it runs, the node lives, and a copy of its folder must be refused
+            with suppress(StorageError):  # the others notice within a minute
+                parts.nodes.leave(parts.node_id)
 
 
 # --- the whole node --------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def serve(settings: Settings, config_file: Path | None) -> None:
         prepare_metrics(data_dir / "run" / "metrics")  # behind the lock: the counters of a node that runs are not ours to empty
         _prepare(settings)
         _await_ports(settings, stop)
-        with storage(settings) as parts, _present(settings, parts):
+        with storage(settings) as parts, _present(settings, parts, lock):
             removed = parts.archive.sweep()
             log.info("node.starting", version=version("dicom-node"), data_dir=str(data_dir.resolve()), swept=removed)
             _supervise(settings, config_file, parts, stop)
@@ -212,6 +213,15 @@ def _lock(path: Path, kind: int) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
     return descriptor
+
+
+def _last(descriptor: int) -> bool:
+    """Whether no other process holds this lock; for one that ends, since it may lose its own by asking."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _roles(settings: Settings) -> list[str]:
@@ -337,14 +347,15 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
 
     run: Callable[..., None] = {"dimse": _dimse, "web": _web, "worker": _worker, "courier": _courier, "mover": _mover}[role]
     with ExitStack() as stack:
+        lock = _share(settings) if alone else -1
         if alone:
-            stack.callback(os.close, _share(settings))
+            stack.callback(os.close, lock)
         try:
             if alone:
                 _prepare(settings)
             parts = stack.enter_context(storage(settings))
             if alone:
-                stack.enter_context(_present(settings, parts))
+                stack.enter_context(_present(settings, parts, lock))
                 parts.archive.sweep()
 
             def ready() -> None:
