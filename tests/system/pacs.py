@@ -13,8 +13,8 @@ from dicom_node.dimse.scu import StorageSCU, Stored
 from dicom_node.peers import Peer
 from dicom_node.photograph import PhotographOptions, wrap_pixels
 from dicom_node.sending import Outgoing, scan
+from storage.database import utc_now
 from storage.records import Level, Outcome, Query
-from storage.work import utc_now
 from tests.dicom_node.door import Door, open_door, open_rooms
 from tests.inference.models import write_bundle
 from tests.system.running_node import RunningNode

@@ -1,0 +1,133 @@
+"""Several nodes on one database and one bucket; roles that run each by itself; folders that are not one's own."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.cluster import Cluster, Load, crash_postgresql
+from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_bundles, quick_settings, running_pacs, send
+from tests.system.running_node import RunningNode
+from tests.system.services import Services, services
+
+pytestmark = pytest.mark.peer
+
+ROLES = ("dimse", "web", "worker", "courier", "mover")
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """S3, KMS and a PostgreSQL that may crash."""
+    with services(tmp_path_factory.mktemp("services"), durable=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Quick ones."""
+    return quick_bundles(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture
+def pacs(tmp_path: Path) -> Iterator[Pacs]:
+    """A listening destination."""
+    with running_pacs(tmp_path / "pacs") as listening:
+        yield listening
+
+
+@pytest.fixture(autouse=True)
+def credentials(ground: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For opening a node's archive in this process."""
+    for name, value in ground.credentials.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_three_nodes_lose_nothing(ground: Services, bundles: str, pacs: Pacs, tmp_path: Path) -> None:
+    """Node by node, S3 and PostgreSQL die under load: all that was acknowledged is analysed, and at the PACS once.
+
+    The second node, policy `archive`, is lost for ever while its worker holds a job: another takes it over. The first, policy `land`,
+    is killed with objects that lie on its disk alone: it brings them when it is back. Random and longer: ``tests.system.cluster``.
+    """
+    cluster = Cluster(tmp_path, ground, pacs, bundles, ["land", "archive", "archive"])
+    first, second, _ = cluster.nodes
+    load = Load(12)
+    try:
+        cluster.start({1: {"DICOM_NODE_FAILPOINT": "analyse.claimed:2"}})
+        with cluster.sending(load):
+            deadline = time.monotonic() + 120
+            while "SIGKILL" not in second.log_text():
+                assert time.monotonic() < deadline, second.log_text()[-2000:]
+                time.sleep(0.02)
+            second.lose()
+            ground.s3.kill()
+            load.more(12)
+            landed = load.by_node[first.folder.name]
+            load.await_acknowledged(lambda: load.by_node[first.folder.name] > landed + 2)
+            first.kill_all()
+            assert list((first.data_dir / "landed").rglob("*")), "nothing had landed"
+            ground.s3.start()
+            first.start()
+            crash_postgresql(ground)
+            load.more(12)
+            acknowledged = len(load.acknowledged)
+            load.await_acknowledged(lambda: len(load.acknowledged) > acknowledged + 2)
+        cluster.judge(load)
+        assert cluster.taken_over() >= 1
+        for node in cluster.living:
+            assert node.stop() == 0
+    finally:
+        cluster.close()
+
+
+def test_roles_alone_are_one_node(ground: Services, bundles: str, pacs: Pacs, tmp_path: Path) -> None:
+    """Five processes, started at once on an empty folder, are a node; a whole node beside them, and a copied folder, are refused."""
+    environ = {**ground.new_archive(policy="land"), **quick_settings(bundles)}
+    node = RunningNode(tmp_path / "node", toml=pacs.toml, environ=environ)
+    node.command("keys", "init")
+    running = {role: node.start_role(role) for role in ROLES}
+    try:
+        (item,) = drawn([0])
+        deadline = time.monotonic() + 90
+        while not answers(node) or not send(node, [item]):
+            assert all(process.poll() is None for process in running.values()), node.log_text()[-3000:]
+            assert time.monotonic() < deadline, node.log_text()[-3000:]
+            time.sleep(0.2)
+        refused = node.command("serve", expect=1)
+        assert "another node (process" in refused.stderr
+        await_reports(pacs, 1, node)
+        # One of them stops in order; the others still are this node, so a copy of its folder is refused.
+        running["web"].send_signal(signal.SIGTERM)
+        assert running.pop("web").wait(60) == 0
+        copy = RunningNode(tmp_path / "copy", environ=environ)
+        shutil.copytree(node.data_dir, copy.data_dir)
+        for arguments in (("serve",), ("serve", "--role", "mover")):
+            refused = copy.command(*arguments, expect=1)
+            assert "this data folder is a copy" in refused.stderr
+        judge(node, pacs, [item])
+    finally:
+        ended = end(running)
+    assert ended == dict.fromkeys(running, 0)
+    assert "Traceback" not in node.log_text()
+
+
+def answers(node: RunningNode) -> bool:
+    """Whether the DIMSE door listens."""
+    try:
+        socket.create_connection(("127.0.0.1", node.dimse_port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def end(running: dict[str, subprocess.Popen[bytes]]) -> dict[str, int]:
+    """SIGTERM to all; their exit statuses."""
+    for process in running.values():
+        process.send_signal(signal.SIGTERM)
+    return {role: process.wait(60) for role, process in running.items()}
