@@ -1,0 +1,146 @@
+"""The drill: an empty machine, a backup, and nothing that was archived is lost, not even what came after the backup."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from storage.backup import back_up, newest, restore, restore_ring
+from storage.differences import differences
+from storage.errors import InstanceNotFound, IntegrityError, Unavailable
+from storage.keys import Ring
+from storage.objects import ObjectStore
+from storage.records import JobKind, JobState
+from tests.storage.conftest import Build
+from tests.storage.house import House
+from tests.storage.samples import photograph
+from tests.storage.test_erasure import concluded
+from tests.storage.test_reindex import populated
+
+NODE = "00000000000000aa"
+NEW_NODE = "00000000000000bb"
+
+
+def backed_up(house: House, folder: Path, **options: object) -> object:
+    """Back a house up."""
+    return back_up(
+        folder,
+        database=house.database,
+        index=house.index,
+        store=house.store,
+        ring=house.ring,
+        spool=house.archive._places.spool,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def brought_back(houses: Build, folder: Path, tmp_path: Path, **options: object) -> House:
+    """Do the drill: an empty machine with the ring, the database and the objects of the backup."""
+    target = tmp_path / "new"
+    target.mkdir()
+    restore_ring(folder, target / "keys.json")
+    house = houses("new", **options)
+    found = restore(folder, database=house.database, store=house.store, ring=house.ring, index=house.index, queue=house.queue)
+    assert found.lost == []
+    return house
+
+
+def test_the_drill(either_house: House, houses: Build, tmp_path: Path) -> None:
+    """Backed up, lost, restored: equal row for row and digest for digest; what was archived after the backup is adopted (RPO 0)."""
+    house, folder = either_house, tmp_path / "backup"
+    populated(house, studies=6)
+    backed_up(house, folder, with_ring=True)
+    later = photograph()
+    house.ingest(later)
+    store = {"store": house.store} if house.store.remote else {}
+    again = brought_back(houses, folder, tmp_path, **store)
+    if not house.store.remote:  # the objects' disk survived
+        shutil.copytree(house.folder / "objects", again.folder / "objects", dirs_exist_ok=True)
+    with pytest.raises(InstanceNotFound):
+        again.read(later.sop_instance_uid)
+    swept = again.archive.orphans().sweep(grace=timedelta(minutes=-1), restored=True)
+    assert (swept.adopted, swept.deleted, swept.unreadable) == (1, 0, 0)
+    assert again.read(later.sop_instance_uid) == later.data_set
+    assert differences(house.database, again.database) == []
+    assert again.queue.counts() == house.queue.counts()
+    found = again.archive.verify()
+    assert (found.intact, found.unindexed) == (True, [])
+
+
+def test_only_what_is_new_is_copied(house: House, houses: Build, tmp_path: Path) -> None:
+    """A second backup copies what came since; an erased study's key does not stay in the backup's documents; old databases go."""
+    folder = tmp_path / "backup"
+    first, second = photograph(), photograph()
+    house.ingest(first)
+    start = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
+    moments: list[Callable[[], datetime]] = [lambda number=number: start + timedelta(days=number) for number in range(3)]  # type: ignore[misc]
+    made = backed_up(house, folder, clock=moments[0], keep=2)
+    assert (made.objects, made.copied, made.damaged) == (1, 1, [])  # type: ignore[attr-defined]
+    house.ingest(second)
+    made = backed_up(house, folder, clock=moments[1], keep=2)
+    assert (made.objects, made.copied) == (2, 1)  # type: ignore[attr-defined]
+    house.archive.erasure().erase_study(first.study_instance_uid, actor="operator", reason="")
+    backed_up(house, folder, clock=moments[2], keep=2)
+    assert sorted(path.name for path in folder.glob("*.db")) == ["index-20260305T050607Z.db", "index-20260306T050607Z.db"]
+    assert len(list((folder / "objects" / "keys").rglob("?" * 32))) == 1
+    assert newest(folder)["database"] == "index-20260306T050607Z.db"
+    assert {path.name for path in folder.iterdir()} == {"backup.json", "objects", "index-20260305T050607Z.db", "index-20260306T050607Z.db"}
+    needles = [sample.sop_instance_uid.encode() for sample in (first, second)]
+    for path in folder.rglob("*"):
+        assert not path.is_file() or not any(needle in path.read_bytes() for needle in needles)
+
+
+def test_what_is_wrong_is_said(house: House, houses: Build, tmp_path: Path) -> None:
+    """No backup, no ring in it, another ring, a database in use, a damaged object: each has its sentence, and nothing is written over."""
+    folder = tmp_path / "backup"
+    with pytest.raises(Unavailable, match="no whole backup"):
+        newest(tmp_path)
+    sample = photograph()
+    house.ingest(sample)
+    key = house.index.find(sample.sop_instance_uid).sealed.object_key
+    path = house.folder / "objects" / key[:2] / key
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert backed_up(house, folder).damaged == [key]  # type: ignore[attr-defined]
+    path.write_bytes(content)
+    assert backed_up(house, folder).damaged == []  # type: ignore[attr-defined]
+    with pytest.raises(Unavailable, match="no key ring"):
+        restore_ring(folder, tmp_path / "ring.json")
+    backed_up(house, folder, with_ring=True)
+    with pytest.raises(Unavailable, match="never written over"):
+        restore_ring(folder, house.folder / "keys.json")
+    parts = {"store": house.store, "index": house.index, "queue": house.queue}
+    with pytest.raises(Unavailable, match="not empty"):
+        restore(folder, database=house.database, ring=house.ring, **parts)  # type: ignore[arg-type]
+    fresh = houses("fresh")
+    with pytest.raises(IntegrityError):
+        restore(folder, database=fresh.database, ring=Ring.create(tmp_path / "other.json"), **parts)  # type: ignore[arg-type]
+
+
+def test_what_had_landed_on_the_lost_node(houses: Build, s3_store: ObjectStore, tmp_path: Path) -> None:
+    """Objects on the lost disk alone are in the backup, and come into the store; one that was moved after the backup is found there."""
+    house, folder = houses(store=s3_store, node_id=NODE), tmp_path / "backup"
+    stays, moved = photograph(), photograph()
+    house.ingest(stays)
+    house.ingest(moved)
+    made = concluded(house, stays)
+    assert backed_up(house, folder, with_ring=True).landed == 3  # type: ignore[attr-defined]
+    while (job := house.queue.claim(JobKind.ARCHIVE, owner="mover")) is not None:
+        if job.sop_instance_uid == moved.sop_instance_uid:
+            house.archive.bring(job)
+    again = brought_back(houses, folder, tmp_path, store=s3_store, node_id=NEW_NODE)
+    for sample in (stays, moved):
+        assert again.read(sample.sop_instance_uid) == sample.data_set
+    assert again.index.find(made).landed_on == ""
+    assert again.queue.claim(JobKind.DELIVER, owner="courier") is not None
+    job = again.queue.claim(JobKind.ARCHIVE, owner="mover")
+    while job is not None:
+        assert again.archive.bring(job) == 0
+        job = again.queue.claim(JobKind.ARCHIVE, owner="mover")
+    assert again.queue.counts()[JobKind.ARCHIVE, JobState.READY] == 0
+    assert again.study_keys.publish_all(put_document=s3_store.put_document, delete_document=s3_store.delete_document) >= 1
+    assert again.archive.verify().intact
