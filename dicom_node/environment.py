@@ -83,12 +83,13 @@ def _keys(settings: Settings) -> Finding:
             return Finding("keys", passed=True, text=f"{path} is readable for us alone")
         database = open_database(settings, ring)
         try:
-            with database.read():
-                pass
+            weaknesses = database.weaknesses()
         finally:
             database.close()
     except StorageError as error:
         return Finding("keys", passed=False, text=str(error))
+    if weaknesses:
+        return Finding("database", passed=False, text="; ".join(weaknesses))
     return Finding("keys", passed=True, text=f"{path} is readable for us alone, and opens the database")
 
 
