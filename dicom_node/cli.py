@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from dicom_node import config
-from dicom_node.cli_archive import duties, erase, hold_app, migrate, nodes, quarantine_app, reindex
+from dicom_node.cli_archive import backup, duties, erase, hold_app, migrate, nodes, quarantine_app, reindex, restore, retention
 from dicom_node.cli_keys import keys_app
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
 from dicom_node.errors import StartError
@@ -205,7 +205,7 @@ def verify(config_file: ConfigOption = None) -> None:
             )
 
 
-for command in (nodes, duties, erase, reindex, migrate):
+for command in (erase, retention, backup, restore, reindex, migrate, nodes, duties):
     app.command()(command)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, settings_of
+from storage.records import AuditEvent
 
 hold_app = typer.Typer(no_args_is_help=True, help="Legal holds: studies that neither retention nor an operator may erase.")
 quarantine_app = typer.Typer(no_args_is_help=True, help="Instances put aside: their UID was known with other content, or another patient.")
@@ -110,7 +112,7 @@ def erase(
         what = f"study {study}" if study else f"every study of patient {patient}"
         if not yes and not typer.confirm(f"Erase {what}? It cannot be undone", err=True):
             raise typer.Exit(1)
-        erasure = storehouse.erasure(parts)
+        erasure = parts.archive.erasure()
         if study:
             erased = erasure.erase_study(study, actor=OPERATOR, reason=reason)
         else:
@@ -129,7 +131,7 @@ def quarantine_list(config_file: ConfigOption = None) -> None:
     from dicom_node import storehouse, tracing
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        kept = storehouse.quarantine(parts).all()
+        kept = parts.archive.quarantine().all()
         for one in kept:
             for line in tracing.quarantined(one):
                 typer.echo(line)
@@ -142,7 +144,7 @@ def quarantine_show(number: NumberArgument, config_file: ConfigOption = None) ->
     from dicom_node import storehouse, tracing
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        one, archived = storehouse.quarantine(parts).show(number)
+        one, archived = parts.archive.quarantine().show(number)
         for line in tracing.beside(one, archived):
             typer.echo(line)
 
@@ -153,7 +155,7 @@ def quarantine_accept(number: NumberArgument, reason: ReasonOption, config_file:
     from dicom_node import storehouse
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        record = storehouse.quarantine(parts).accept(number, actor=OPERATOR, reason=reason)
+        record = parts.archive.quarantine().accept(number, actor=OPERATOR, reason=reason)
         typer.echo(f"accepted: {record.summary.sop_instance_uid}")
 
 
@@ -170,7 +172,7 @@ def quarantine_drop(
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
         if not yes and not typer.confirm(f"Delete number {number} of the quarantine? It cannot be undone", err=True):
             raise typer.Exit(1)
-        storehouse.quarantine(parts).drop(number, actor=OPERATOR, reason=reason)
+        parts.archive.quarantine().drop(number, actor=OPERATOR, reason=reason)
         typer.echo("deleted")
 
 
@@ -203,6 +205,104 @@ def migrate(
         typer.echo(f"every table compared. The old database is retired: stop the node, and start it with --config {to}")
 
 
+def retention(config_file: ConfigOption = None) -> None:
+    """List the studies that retention would erase now, and changes nothing. The duty of that name erases them (care.retention_days)."""
+    from dicom_node import storehouse
+
+    with faults_as_sentences():
+        settings = settings_of(config_file)
+        if not settings.care.retention_days:
+            raise fail("care.retention_days is 0: nothing is ever erased by itself")
+        with storehouse.storage(settings) as parts:
+            count = 0
+            for due in parts.archive.retention(days=settings.care.retention_days).due():
+                typer.echo(f"{due.study_instance_uid}  newest instance {due.newest_at:%Y-%m-%d}  {due.instances} instances")
+                count += 1
+            err.print(f"{count} due", style="dim")
+
+
+def backup(
+    folder: Annotated[Path, typer.Argument(help="Where to; the same folder again brings it up to date.")],
+    with_ring: Annotated[
+        bool, typer.Option("--with-ring", help="Put the key ring beside it: then whoever has the folder can read everything.")
+    ] = False,
+    keep: Annotated[int, typer.Option(min=1, help="How many copies of the database are kept.")] = 7,
+    config_file: ConfigOption = None,
+) -> None:
+    """Copy the database, and the objects of a folder store, while the node runs; encrypted as they are, objects incrementally."""
+    from dicom_node import storehouse
+    from storage.backup import back_up
+
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        with progress_bar("backing up") as progress:
+            made = back_up(
+                folder,
+                database=parts.database,
+                index=parts.index,
+                store=parts.store,
+                ring=parts.ring,
+                spool=parts.spool,
+                with_ring=with_ring,
+                keep=keep,
+                progress=lambda _what, done: progress(done, None),
+            )
+        detail = {"folder": str(folder), "objects": made.objects, "with_ring": with_ring}
+        parts.audit.record(AuditEvent(action="archive.backed_up", outcome="success", actor=OPERATOR, detail=detail))
+        typer.echo(f"{folder}: {made.database}, {made.objects} objects ({made.copied} copied now), {made.landed} landed")
+        if not with_ring:
+            typer.echo(f"The key ring is not in it: keep a copy of {parts.ring.path} elsewhere.")
+        for object_key in made.damaged:
+            err.print(f"object {object_key} is not what was archived; it was not copied", style="bold red")
+        if made.damaged:
+            raise fail(f"{len(made.damaged)} objects are damaged: `dicom-node verify` says more")
+
+
+def restore(
+    folder: Annotated[Path, typer.Argument(help="What `backup` wrote.")],
+    config_file: ConfigOption = None,
+) -> None:
+    """Bring the newest backup into an empty data folder or database, take in what the store got since, and verify all of it."""
+    from dicom_node import node
+    from storage.backup import newest, restore_ring
+    from storage.backup import restore as bring_back
+
+    with faults_as_sentences():
+        settings = settings_of(config_file)
+        newest(folder)
+        if not settings.ring_file.exists():
+            restore_ring(folder, settings.ring_file)
+        with node.alone(settings) as parts:
+            with progress_bar("restoring") as progress:
+                found = bring_back(
+                    folder,
+                    database=parts.database,
+                    store=parts.store,
+                    ring=parts.ring,
+                    index=parts.index,
+                    queue=parts.queue,
+                    progress=lambda _what, done: progress(done, None),
+                )
+            typer.echo(
+                f"{found.rows} rows, {found.objects} objects, {found.documents} documents, {found.landed} landed objects brought back"
+            )
+            swept = parts.archive.orphans().sweep(grace=timedelta(), restored=True)
+            typer.echo(f"taken in since the backup: {swept}")
+            with progress_bar("verifying") as progress:
+                report = parts.archive.verify(progress=progress)
+            for line in report.lines():
+                typer.echo(line)
+            parts.audit.record(
+                AuditEvent(
+                    action="archive.restored",
+                    outcome="success" if report.intact and not found.lost else "incomplete",
+                    actor=OPERATOR,
+                    detail={"folder": str(folder), "rows": found.rows, "objects": found.objects, "lost": len(found.lost)},
+                )
+            )
+            if found.lost or not report.intact:
+                raise fail(f"{len(found.lost)} objects are in neither backup nor store; the lines above say what else is missing")
+
+
 def reindex(
     deliver: Annotated[
         bool, typer.Option("--deliver", help="Deliver every report again: what was delivered already nobody knows.")
@@ -210,10 +310,10 @@ def reindex(
     config_file: ConfigOption = None,
 ) -> None:
     """Make index, keys and quarantine anew from the store and the ring alone, into an empty database. Killed, it goes on when run again."""
-    from dicom_node import node, storehouse
+    from dicom_node import node
 
     with faults_as_sentences(), node.alone(settings_of(config_file)) as parts, progress_bar("reindexing") as progress:
-        found = storehouse.reindexing(parts, deliver=deliver).run(lambda _pass, done, total: progress(done, total))
+        found = parts.archive.reindex(deliver=deliver).run(lambda _pass, done, total: progress(done, total))
     typer.echo(str(found))
     if found.unreadable or found.without_key:
         raise fail("some objects could not be opened; the lines above count them, the log names them")

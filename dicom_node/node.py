@@ -547,6 +547,7 @@ def _webhooks(settings: Settings, parts: Storehouse, metrics: Metrics) -> Webhoo
 
 
 def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+    from storage.duties import Duties
     from storage.mover import Mover
 
     def observe(event: str, **labels: Any) -> None:
@@ -554,6 +555,17 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
         if "seconds" in labels:
             metrics.seconds("archive", labels["seconds"])
 
+    def done(_event: str, **labels: Any) -> None:
+        metrics.duty(labels["duty"].partition(" ")[0], "failed" if labels["failed"] else "done")
+
+    caretaker = parts.archive.caretaker(
+        duties=Duties(database=parts.database, holder=f"{parts.node_id} {os.getpid()}"),
+        scrub_days=settings.care.scrub_days,
+        scrub_bytes_per_s=settings.care.scrub_bytes_per_s,
+        orphan_grace=timedelta(hours=settings.care.orphan_grace_hours),
+        retention_days=settings.care.retention_days,
+        observe=done,
+    )
     mover = Mover(
         archive=parts.archive,
         queue=parts.queue,
@@ -564,8 +576,12 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
         reach=failpoint_from_environment(os.environ),
         observe=observe,
     )
-    ready()
-    mover.run(stop)
+    with ThreadPoolExecutor(1, thread_name_prefix="caretaker") as pool:
+        caring = pool.submit(caretaker.run, stop)
+        caring.add_done_callback(lambda _: stop.set())  # should it end by a fault, the process ends and the supervisor makes another
+        ready()
+        mover.run(stop)
+        caring.result()
 
 
 def node_identity(parts: Storehouse) -> tuple[NodeIdentity, str]:

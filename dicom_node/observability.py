@@ -117,6 +117,7 @@ class Metrics:
             "dicom_node_deliveries", "Deliveries of reports by peer and outcome.", ["peer", "outcome"], registry=registry
         )
         self._webhooks = Counter("dicom_node_webhooks", "Posts by subscriber and outcome.", ["subscriber", "outcome"], registry=registry)
+        self._duties = Counter("dicom_node_duties", "Rounds of duties by outcome.", ["duty", "outcome"], registry=registry)
         self._moved = Counter("dicom_node_moved", "Objects brought into the store, or not, by outcome.", ["outcome"], registry=registry)
         self._moved_bytes = Counter("dicom_node_moved_bytes", "Bytes brought into the store.", registry=registry)
         self._seconds = Histogram(
@@ -150,6 +151,10 @@ class Metrics:
     def webhook(self, *, subscriber: str, outcome: str) -> None:
         """Count a batch of changes that was posted, or could not be."""
         self._webhooks.labels(subscriber, outcome).inc()
+
+    def duty(self, duty: str, outcome: str) -> None:
+        """Count a round of a duty."""
+        self._duties.labels(duty, outcome).inc()
 
     def moved(self, outcome: str, byte_count: int = 0) -> None:
         """Count an object that the Mover brought into the store, or failed to."""

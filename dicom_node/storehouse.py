@@ -19,7 +19,6 @@ from storage.archive import ENDED_BADLY, Acknowledge, Archive
 from storage.audit import AuditTrail
 from storage.cache import ReadCache
 from storage.database import Database
-from storage.erasure import Erasure
 from storage.errors import Unavailable
 from storage.failpoints import failpoint_from_environment
 from storage.holds import Holds
@@ -27,9 +26,7 @@ from storage.index import Index
 from storage.keys import Ring
 from storage.nodes import Nodes
 from storage.objects import DirectoryStore, ObjectStore
-from storage.quarantine import Quarantine
 from storage.records import AuditEvent, Job, JobKind, Limits, NewJob, Origin, Summary
-from storage.reindex import Reindex
 from storage.study_keys import StudyKeys
 from storage.work import DEFAULT_ATTEMPTS, WorkQueue, growing_delay
 
@@ -59,7 +56,6 @@ class Storehouse:
     nodes: Nodes
     holds: Holds
     node_id: str
-    jobs_for: Callable[[Summary, Origin], Sequence[NewJob]]
 
 
 def folder(path: Path) -> Path:
@@ -230,51 +226,6 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
         nodes=Nodes(database=database),
         holds=Holds(database=database, audit=audit),
         node_id=identity,
-        jobs_for=jobs_for,
-    )
-
-
-def erasure(parts: Storehouse) -> Erasure:
-    """Make what erases studies and patients."""
-    return Erasure(
-        database=parts.database,
-        index=parts.index,
-        queue=parts.queue,
-        audit=parts.audit,
-        study_keys=parts.study_keys,
-        places=parts.archive.places,
-        holds=parts.holds,
-        reach=failpoint_from_environment(os.environ),
-    )
-
-
-def quarantine(parts: Storehouse) -> Quarantine:
-    """Make what decides over instances that were put aside."""
-    return Quarantine(
-        database=parts.database,
-        index=parts.index,
-        queue=parts.queue,
-        audit=parts.audit,
-        study_keys=parts.study_keys,
-        places=parts.archive.places,
-        holds=parts.holds,
-        jobs_for=parts.jobs_for,
-        reach=failpoint_from_environment(os.environ),
-    )
-
-
-def reindexing(parts: Storehouse, *, deliver: bool = False) -> Reindex:
-    """Make what rebuilds the index from the store."""
-    return Reindex(
-        database=parts.database,
-        index=parts.index,
-        queue=parts.queue,
-        audit=parts.audit,
-        study_keys=parts.study_keys,
-        places=parts.archive.places,
-        jobs_for=parts.jobs_for,
-        deliver=deliver,
-        reach=failpoint_from_environment(os.environ),
     )
 
 
