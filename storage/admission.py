@@ -138,8 +138,8 @@ class Admission:
     def put(self, record: InstanceRecord, file: LandingFile, study_key: StudyKey, policy: Acknowledge) -> InstanceRecord:
         """Make the object durable as `policy` asks, the document of its study's key before it; return the record that says where it is."""
         try:
-            if not study_key.stored and not self._places.lands(policy):
-                self._places.store.put_document(document_name(study_key.id), self._study_keys.document(study_key))
+            if not study_key.stored:
+                self._places.keep_document(document_name(study_key.id), self._study_keys.document(study_key), policy)
             return self._places.put(record, file.path, policy)
         except Unavailable as error:
             if isinstance(error.__cause__, OSError):

@@ -26,7 +26,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 
 from storage.admission import event_of
 from storage.database import utc_now
@@ -34,7 +34,7 @@ from storage.erasure import erased_keys
 from storage.errors import ColdObject, InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import InstanceRecord, JobKind, JobState, NewJob, ReportRecord
-from storage.study_keys import document_name
+from storage.study_keys import STUDY_KEYS, document_name
 from storage.testimony import KeyRing, NoStudyKey, Testimony, hear
 from storage.work import JOBS
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from storage.audit import AuditTrail
     from storage.database import Database
     from storage.index import Index
-    from storage.objects import ObjectStore
+    from storage.objects import DirectoryStore, ObjectStore
     from storage.places import Places
     from storage.records import Origin, Summary
     from storage.study_keys import StudyKeys
@@ -174,6 +174,7 @@ class Orphans:
             keys = KeyRing(self._study_keys, self._stores())
             old = (info.object_key for info in spool.list() if info.modified_at < before)
             self._sweep_objects(old, keys, swept, in_spool=True, restored=restored, pace=pace)
+            self._sweep_spool_documents(spool, before, swept)
         return swept
 
     def _stores(self) -> list[ObjectStore]:
@@ -286,7 +287,7 @@ class Orphans:
         if known is not None and known.summary.sha256 == summary.sha256:
             if whole:
                 return "deleted"
-            self._study_keys.restore_in(connection, heard.study_key)
+            self._study_keys.restore_in(connection, heard.study_key, stored=heard.study_key.stored)
             self._index.replace_object(connection, known.sealed.object_key, record.sealed, landed_on=record.landed_on)
             self._move_in(connection, record)
             detail = {"replaced_object_key": known.sealed.object_key, "by": "an object that no row named"}
@@ -299,7 +300,7 @@ class Orphans:
         conflict = self._index.conflict_in(connection, record)
         if conflict:
             return self._set_aside_in(connection, record, heard, conflict)
-        self._study_keys.restore_in(connection, heard.study_key)
+        self._study_keys.restore_in(connection, heard.study_key, stored=heard.study_key.stored)
         self._index.add(connection, record)
         self._move_in(connection, record)
         if heard.report is not None:
@@ -325,7 +326,7 @@ class Orphans:
     def _set_aside_in(self, connection: Connection, record: InstanceRecord, heard: Testimony, reason: str) -> Fate:
         if not self._index.quarantine(connection, record, reason):
             return "deleted"  # the same content is in quarantine already
-        self._study_keys.restore_in(connection, heard.study_key)
+        self._study_keys.restore_in(connection, heard.study_key, stored=heard.study_key.stored)
         self._move_in(connection, record)
         self._audit.append(connection, event_of("instance.quarantined", record, outcome=reason))
         return "quarantined"
@@ -409,6 +410,29 @@ class Orphans:
             if not self._study_keys.known([study_key_id]):
                 store.delete_document(document_name(study_key_id))
                 swept.documents += 1
+
+    def _sweep_spool_documents(self, spool: DirectoryStore, before: datetime, swept: Swept) -> None:
+        """Delete documents of keys that are in the store by now, that were erased, or that were never admitted."""
+        names = spool.list_documents("keys/")
+        while page := [name.rpartition("/")[2] for name in islice(names, _PAGE)]:
+            with self._database.read() as connection:
+                rows = connection.execute(select(STUDY_KEYS.c.id, STUDY_KEYS.c.stored).where(STUDY_KEYS.c.id.in_(page)))
+                stored = {row.id: bool(row.stored) for row in rows}
+            for study_key_id in page:
+                name = document_name(study_key_id)
+                if stored.get(study_key_id, False) or (study_key_id not in stored and self._is_over(spool, name, before, swept)):
+                    spool.delete_document(name)
+                    swept.documents += 1
+
+    def _is_over(self, spool: DirectoryStore, name: str, before: datetime, swept: Swept) -> bool:
+        """Tell whether a key without a row will have none: what it opens would have been adopted by now."""
+        try:
+            key = self._study_keys.from_document(spool.get_document(name))
+        except (InstanceNotFound, IntegrityError):
+            return False
+        if key.id in (erased_keys(self._audit, key.study_instance_uid) or ()):
+            return True
+        return key.created_at < before and not swept.waiting and not swept.unreadable
 
     def _needed_keys(self, keys: KeyRing) -> set[str] | None:
         """Return the keys of all objects without a row that are still there; None when one does not say."""

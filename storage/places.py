@@ -102,6 +102,24 @@ class Places:
         self.store.put(record.sealed.object_key, path, record.sealed, tags={"role": record.role})
         return record
 
+    def keep_document(self, name: str, content: bytes, policy: Acknowledge) -> None:
+        """Have the document of a study's key lie where its objects will: whoever finds those can read them, with the database lost.
+
+        Raises
+        ------
+        Unavailable
+            As `put`.
+        """
+        if self._spool is None or not self.lands(policy):
+            self.store.put_document(name, content)
+            return
+        try:
+            if self._spool.get_document(name) == content:
+                return  # the study's next instance
+        except InstanceNotFound:
+            pass
+        self._spool.put_document(name, content)
+
     def keep_copy(self, sealed: SealedObject, path: Path) -> None:
         """Give the landing file of what is in the store to the cache: it is read in a moment. The file is gone, or stays."""
         if self._cache is not None and sealed.byte_count <= self._cached_bytes:
@@ -203,8 +221,18 @@ class Places:
         try:
             self.keep_copy(sealed, self._spool.path_of(sealed.object_key))
             self._spool.delete(sealed.object_key)
+            self._forget_document(self._spool, f"keys/{sealed.key_id[:2]}/{sealed.key_id}")
         except StorageError as error:
             _log.warning("spool.left", extra={"object_key": sealed.object_key, "reason": str(error)})  # the sweep finds it
+
+    @staticmethod
+    def _forget_document(spool: DirectoryStore, name: str) -> None:
+        """Remove the document of a key that is in the store now; mostly another object of the study was faster."""
+        try:
+            spool.get_document(name)
+        except InstanceNotFound:
+            return
+        spool.delete_document(name)
 
     def delete(self, record: InstanceRecord, *, versions: bool = False) -> None:
         """Remove the object from every place of this node and from the store; `versions` as `ObjectStore.delete`."""

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from storage.envelope import Opener
@@ -58,7 +58,7 @@ class KeyRing:
     study_keys
         The table, and what opens documents.
     stores
-        Where documents may lie.
+        Where documents may lie; the first is the archive's, where a key whose document it has is *stored*.
     remembered
         How many keys are kept in memory.
     """
@@ -100,9 +100,10 @@ class KeyRing:
             return self._study_keys.get(study_key_id)
         for store in self._stores:
             try:
-                return self._study_keys.from_document(store.get_document(document_name(study_key_id)))
+                key = self._study_keys.from_document(store.get_document(document_name(study_key_id)))
             except InstanceNotFound:
                 continue
+            return replace(key, stored=store is self._stores[0])
         raise NoStudyKey(study_key_id)
 
 

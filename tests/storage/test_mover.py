@@ -148,7 +148,7 @@ def test_a_landed_object_that_rotted_is_an_alarm_and_heals_by_a_second_sending(l
     """A disk that changed what it had promised: the bucket never gets it, the trail says so, and the sender's next try mends it."""
     house, sample = landing, photograph()
     house.ingest(sample)
-    (path,) = [path for path in (house.folder / "landed").rglob("*") if path.is_file()]
+    (path,) = (house.folder / "landed").glob("??/*")
     content = path.read_bytes()
     path.write_bytes(content[:600] + bytes([content[600] ^ 1]) + content[601:])
     assert mover_of(house).bring_once()
