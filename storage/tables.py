@@ -122,7 +122,11 @@ TableIndex(
 TableIndex("ix_studies_study_instance_uid", STUDIES.c.study_instance_uid, unique=True)
 TableIndex("ix_studies_patient_id", STUDIES.c.patient_id)
 TableIndex("ix_studies_accession_number", STUDIES.c.accession_number)
-TableIndex("ix_studies_patient_name", STUDIES.c.patient_name_alphabetic)
+# A name asked for without "=" may stand in any of the three groups: one group without an index, and every row is looked at.
+for _table in (STUDIES, PATIENTS):
+    TableIndex(f"ix_{_table.name}_patient_name", _table.c.patient_name_alphabetic)
+    TableIndex(f"ix_{_table.name}_patient_name_ideographic", _table.c.patient_name_ideographic)
+    TableIndex(f"ix_{_table.name}_patient_name_phonetic", _table.c.patient_name_phonetic)
 TableIndex("ix_patients_patient_id", PATIENTS.c.patient_id)
 TableIndex("ix_series_series_instance_uid", SERIES.c.series_instance_uid)
 

@@ -29,6 +29,11 @@ def upgrade() -> None:
         sqlite_where=sa.text("due_at IS NOT NULL"),
         postgresql_where=sa.text("due_at IS NOT NULL"),
     )
+    op.create_index("ix_studies_patient_name_ideographic", "studies", ["patient_name_ideographic"], unique=False)
+    op.create_index("ix_studies_patient_name_phonetic", "studies", ["patient_name_phonetic"], unique=False)
+    op.create_index("ix_patients_patient_name", "patients", ["patient_name_alphabetic"], unique=False)
+    op.create_index("ix_patients_patient_name_ideographic", "patients", ["patient_name_ideographic"], unique=False)
+    op.create_index("ix_patients_patient_name_phonetic", "patients", ["patient_name_phonetic"], unique=False)
     op.create_table(
         "study_keys",
         sa.Column("id", sa.Text(), nullable=False),
