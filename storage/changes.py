@@ -44,6 +44,8 @@ SUBSCRIBERS = Table(
 _SHOWN: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = MappingProxyType(
     {
         "instance.received": ("instance.stored", ("door", "sha256", "byte_count")),
+        "instance.adopted": ("instance.stored", ("door", "sha256", "byte_count")),
+        "quarantine.accepted": ("instance.stored", ("sha256",)),
         "report.concluded": ("report.stored", ("sha256", "byte_count", "source_sop_instance_uid", "kind", "models")),
         "analysis.concluded": ("analysis.concluded", ("job", "reports")),
         "analysis.refused": ("analysis.refused", ("job", "attempts")),
