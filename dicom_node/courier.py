@@ -153,6 +153,8 @@ class Courier:
         try:
             while not stop.is_set() and self.deliver(lane) == self._batch:
                 pass
+        except StorageError as error:  # database away: as below, but no surprise
+            log.warning("courier.queue_unavailable", peer=lane, reason=str(error))
         except Exception:  # the edge of a courier thread: leases run out and the jobs are claimed again
             log.exception("courier.failed", peer=lane)
 
