@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -233,8 +233,7 @@ class Quarantine:
                 "if this one is, have it corrected and sent again, and drop it here"
             ) from error
         for job in self._jobs_for(record.summary, record.origin):
-            payload = {**job.payload, "object_key": record.sealed.object_key}  # another job than that for what it replaces
-            self._queue.enqueue(connection, NewJob(job.kind, job.sop_instance_uid, job.lane, payload, record.landed_on))
+            self._queue.enqueue(connection, replace(job, home=record.landed_on))  # the jobs for what it replaces were cancelled
         self._move_on_in(connection, record)
         event = AuditEvent(action="quarantine.accepted", outcome="success", actor=actor, subject=uid, detail=detail)
         self._audit.append(connection, event)

@@ -66,6 +66,17 @@ def test_what_an_older_database_does_not_know_is_adopted(either_house: House, ho
     assert again.archive.orphans().sweep(grace=NOW).settled == 0
 
 
+def test_a_sweep_on_schedule_adopts_the_same(house: House, houses: Build) -> None:
+    """Nobody said that the database is older than the store: the next sweep finds source and report, and no analysis is repeated."""
+    sample = photograph()
+    house.ingest(sample)
+    made = concluded(house, sample)
+    again = restored(houses, house)
+    assert again.archive.orphans().sweep(grace=NOW).adopted == 2
+    assert again.queue.jobs_of(sample.sop_instance_uid) == []
+    assert again.read(made) == house.read(made)
+
+
 def test_a_report_of_an_older_analysis_ends_the_job(houses: Build, house: House) -> None:
     """After a restore the source is known and its analysis seems undone: the report that exists is taken in, and no other is made."""
     sample = photograph()
@@ -106,8 +117,9 @@ def test_killed_between_put_and_commit(house: House) -> None:
     left_behind(house, sample)
     left_behind(house, photograph(), document=False)
     assert house.archive.orphans().sweep().settled == 0
-    swept = house.archive.orphans().sweep(grace=NOW)
-    assert (swept.adopted, swept.deleted) == (1, 1)
+    swept = house.archive.orphans().sweep(grace=NOW, restored=True)  # the table of keys may be older than it should be
+    assert (swept.adopted, swept.deleted, swept.waiting) == (1, 0, 1)
+    assert house.archive.orphans().sweep(grace=NOW).deleted == 1
     assert house.read(sample.sop_instance_uid) == sample.data_set
     assert house.ingest(sample).outcome == "duplicate"
 

@@ -94,6 +94,14 @@ def test_a_rotten_copy_heals_nothing(cached: House) -> None:
     assert "instance.damaged" in house.actions()
 
 
+def test_a_row_that_was_changed_is_damage_too(house: House) -> None:
+    """An object that opens, and is not what its row says: told."""
+    some(house, 2)
+    house.database.write(lambda c: c.exec_driver_sql("UPDATE instances SET sealed_sha256 = sha256 WHERE id = 1"))
+    house.database.write(lambda c: c.exec_driver_sql("UPDATE instances SET sha256 = sealed_sha256 WHERE id = 2"))
+    assert house.archive.scrub().round().damaged == 2
+
+
 def test_a_round_goes_on_where_it_was_stopped(house: House) -> None:
     """Stopped between pages it goes on from the cursor saved last, reading nothing twice but a page; every part has its turn."""
     some(house, 3)
