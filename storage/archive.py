@@ -559,9 +559,12 @@ class Archive:
         """
         object_key = str(job.payload["object_key"])
         record = self._index.record_of_object(object_key)
-        if record is None or record.landed_on != self._node_id:
+        if record is not None and record.landed_on not in ("", self._node_id):
+            self._queue.release(job, home=record.landed_on)  # that node alone can bring it
+            return 0
+        if record is None or not record.landed_on:
             self._queue.finish(job, {"outcome": "nothing to bring"})
-            if record is not None and not record.landed_on:
+            if record is not None:
                 self._places.settle(record.sealed)
             return 0
         try:
@@ -584,7 +587,9 @@ class Archive:
         def work(connection: Connection) -> None:
             self._queue.finish_in(connection, job, {"object_key": object_key})
             if self._index.arrived_in_store(connection, object_key, landed_on=self._node_id):
-                self._queue.rehome(connection, record.summary.sop_instance_uid)
+                known = self._index.find_in(connection, record.summary.sop_instance_uid)
+                if known is not None and known.sealed.object_key == object_key:  # not another one of this UID, in quarantine
+                    self._queue.rehome(connection, record.summary.sop_instance_uid)
                 self._audit.append(connection, event_of("instance.archived", record, detail={"landed_on": self._node_id}))
             self._reach("bring.written")
 

@@ -34,6 +34,7 @@ from storage.database import Database, utc_now
 from storage.errors import InstanceNotFound, Unavailable
 from storage.objects import CHUNK, DirectoryStore, disk_unavailable
 from storage.places import chunks_of
+from storage.records import JobKind
 from storage.tables import INSTANCES, QUARANTINE
 
 if TYPE_CHECKING:
@@ -343,7 +344,7 @@ def _settle_landed(folder: Path, database: Database, store: ObjectStore, index: 
 
         def arrived(connection: Connection, key: str, home: str, uid: str) -> None:
             index.arrived_in_store(connection, key, landed_on=home)
-            queue.rehome(connection, uid)
+            queue.rehome(connection, uid, kinds=tuple(JobKind))  # the Mover's too: whoever claims it finds nothing to bring
 
         database.write(partial(arrived, key=object_key, home=record.landed_on, uid=record.summary.sop_instance_uid))
         found.landed += 1

@@ -26,7 +26,7 @@ import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from types import SimpleNamespace
@@ -191,7 +191,14 @@ _OLDEST = (
     .where(_LIVE, JOBS.c.state == JobState.READY.value, JOBS.c.due_at <= _NOW)
     .group_by(JOBS.c.kind)
 )
-_REHOME = update(JOBS).where(JOBS.c.sop_instance_uid == bindparam("uid"), JOBS.c.home != "").values(home="")
+_REHOME = (
+    update(JOBS)
+    .where(JOBS.c.sop_instance_uid == bindparam("uid"), JOBS.c.home != bindparam("to_home"))
+    .where(JOBS.c.kind.in_(bindparam("kinds", expanding=True)))
+    .values(home=bindparam("to_home"))
+)
+_READING = (JobKind.ANALYSE, JobKind.DELIVER)
+"""Kinds of jobs that read the archived object of an instance. The Mover's are about one object, which may lie elsewhere."""
 _CANCEL = delete(JOBS).where(JOBS.c.sop_instance_uid.in_(bindparam("uids", expanding=True)))
 _HELD = (JOBS.c.id == bindparam("job"), JOBS.c.lease_token == bindparam("token"))
 
@@ -426,10 +433,10 @@ class WorkQueue:
         """
         return self._database.write(lambda connection: self.fail_in(connection, job, reason, retryable=retryable), ordered=False)
 
-    def release(self, job: Job, *, after_s: float = 0.0, reason: str = "") -> None:
+    def release(self, job: Job, *, after_s: float = 0.0, reason: str = "", home: str | None = None) -> None:
         """Give the job back untried: this claim does not count as an attempt, and the job is due in `after_s` seconds.
 
-        A `reason` is kept for people, as with :meth:`fail`.
+        A `reason` is kept for people, as with :meth:`fail`. With a `home` it is for that node from now on.
 
         Raises
         ------
@@ -440,13 +447,14 @@ class WorkQueue:
         def work(connection: Connection) -> None:
             pause = min(int(max(after_s, 0) * 1_000_000), self._horizon)
             values = {**_unheld(self._now() + pause), "attempts": max(job.attempts - 1, 0)} | ({"reason": reason} if reason else {})
+            values |= {} if home is None else {"home": home}
             self._take(connection, Step.RELEASE, job.id, job.lease_token, values)
 
         self._database.write(work, ordered=after_s <= 0)  # what is due at once wakes the others
 
-    def rehome(self, connection: Connection, sop_instance_uid: str) -> None:
-        """Let any node do the jobs about an instance, in the caller's transaction: its object is in the store now."""
-        connection.execute(_REHOME, {"uid": sop_instance_uid})
+    def rehome(self, connection: Connection, sop_instance_uid: str, *, home: str = "", kinds: Sequence[JobKind] = _READING) -> None:
+        """Give the jobs that read the object of an instance to the node where it lies now, or to all; in the caller's transaction."""
+        connection.execute(_REHOME, {"uid": sop_instance_uid, "to_home": home, "kinds": [kind.value for kind in kinds]})
 
     def cancel_in(self, connection: Connection, sop_instance_uids: Iterable[str]) -> int:
         """Delete every job about these instances, in the caller's transaction, and return how many: the instances are being erased.
