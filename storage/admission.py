@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from storage.comparison import same_picture
 from storage.errors import ColdObject, ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from storage.study_keys import StudyKey, StudyKeys
     from storage.work import WorkQueue
 
+T = TypeVar("T")
 OnConflict = Literal["quarantine", "refuse"]
 
 _LOOK_FIRST = 256 * 1024
@@ -49,7 +50,10 @@ class _Known(Enum):
     DUPLICATE = auto()
     """The same, and the archived object was read again just now."""
     HEALING = auto()
-    """The same, but the archived object is lost, damaged, or on another node's disk alone: what arrived takes its place."""
+    """The same, but the archived object is lost or damaged: what arrived takes its place."""
+    BESIDE = auto()
+    """The same, but the archived object lies on another node's disk alone, or nobody can say: what arrived takes its place in the row.
+    Nothing is deleted: the store may have the better copy. The orphan sweep looks, later."""
     OTHER = auto()
     """Other content."""
 
@@ -111,8 +115,9 @@ class Admission:
             if stored is None and (known is None or settled[known.sealed.object_key] is not _Known.DUPLICATE):
                 stored = self.put(record, file, study_key, policy)
             try:
-                decision, known = self._database.write(
-                    partial(self._decide, arrived=stored or record, settled=settled, stored=stored is not None, study_key=study_key)
+                decision, known = self.write(
+                    partial(self._decide, arrived=stored or record, settled=settled, stored=stored is not None, study_key=study_key),
+                    study_key,
                 )
             except ConflictingInstance as error:
                 self._set_aside(stored or record, file, error, stored=stored is not None, study_key=study_key, policy=policy)
@@ -122,7 +127,7 @@ class Admission:
             self._reach("index.committed")
             if decision is _Decision.DUPLICATE and stored is not None:
                 self.drop(stored)
-            elif decision is _Decision.HEALED and known is not None:
+            elif decision is _Decision.HEALED and known is not None and settled[known.sealed.object_key] is _Known.HEALING:
                 self.drop(known)
             if stored is not None and decision is not _Decision.DUPLICATE and not stored.landed_on:
                 self._places.keep_copy(stored.sealed, file.path)
@@ -159,9 +164,19 @@ class Admission:
             job = NewJob(JobKind.ARCHIVE, record.summary.sop_instance_uid, payload=payload, home=record.landed_on)
             self._queue.enqueue(connection, job)
 
-    def drop(self, record: InstanceRecord) -> None:
-        """Remove an object that surely has no row. After a commit of unknown outcome nothing is dropped: the sweep asks the index."""
+    def write(self, work: Callable[[Connection], T], *study_keys: StudyKey) -> T:
+        """Run the transaction that files what was sealed under these keys. Failed, nobody knows whether they are in the table."""
         try:
+            return self._database.write(work)
+        except Unavailable:
+            self._study_keys.doubt(study_keys)
+            raise
+
+    def drop(self, record: InstanceRecord) -> None:
+        """Remove an object without a row. After a commit of unknown outcome nothing is dropped: the sweep asks the index."""
+        try:
+            if self._index.record_of_object(record.sealed.object_key) is not None:
+                return  # a sweep took it for an orphan (of a node whose clock is ahead), and filed it
             self._places.delete(record)
         except StorageError as error:
             _log.warning("object.left", extra={"object_key": record.sealed.object_key, "reason": str(error)})
@@ -191,10 +206,10 @@ class Admission:
         if relation is _Known.DUPLICATE:
             self._audit.append(connection, event_of("instance.duplicate", arrived))
             return _Decision.DUPLICATE, known
-        if relation is _Known.HEALING:
+        if relation in (_Known.HEALING, _Known.BESIDE):
             self._study_keys.store_in(connection, study_key, stored=not arrived.landed_on)
             self._index.replace_object(connection, known.sealed.object_key, arrived.sealed, landed_on=arrived.landed_on)
-            self._queue.rehome(connection, summary.sop_instance_uid)
+            self._queue.rehome(connection, summary.sop_instance_uid, home=arrived.landed_on)
             self.enqueue_move_in(connection, arrived)
             detail = {"replaced_object_key": known.sealed.object_key, **_where(arrived)}
             self._audit.append(connection, event_of("instance.healed", arrived, detail=detail))
@@ -227,7 +242,7 @@ class Admission:
             self._audit.append(connection, event_of("instance.quarantined", kept, outcome=str(conflict)))
             return new
 
-        if not self._database.write(work):
+        if not self.write(work, study_key):
             self.drop(kept)  # the same content is kept already: a sender that tries again
 
     def _known(self, sop_instance_uid: str) -> InstanceRecord | None:
@@ -250,7 +265,7 @@ class Admission:
             return _Known.DUPLICATE if whole else _Known.HEALING  # the store vouches for what it put away
         except Unavailable:
             if known.landed_on or self._places.lands(policy):
-                return _Known.HEALING  # another node's promise, or a store that is away: this node makes a promise of its own
+                return _Known.BESIDE  # another node's promise, or a store that is away: this node makes a promise of its own
             raise
         return _Known.DUPLICATE
 
@@ -266,6 +281,7 @@ class Admission:
             """Raise no alarm here: the sender's answer and the scrub do."""
 
         try:
+            self._places.require_whole(known)  # what is read below may be a cached copy
             with StoredInstance(known, self._places.open(known), self._study_keys, passed_on) as archived:
                 first = b"".join(archived.part10())
         except (InstanceNotFound, IntegrityError) as error:

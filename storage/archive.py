@@ -380,8 +380,9 @@ class Archive:
             self._reach("report.stored")
         spare: set[str] = set()
         try:
-            receipts = self._database.write(
+            receipts = self._admission.write(
                 partial(self._conclude_in, job=job, arrivals=arrivals, put=put, spare=spare, result=result, deliveries=deliveries),
+                *(study_key for _, _, study_key in arrivals),
             )
         except Unavailable:
             raise  # of unknown outcome: objects without a row are swept later

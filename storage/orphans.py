@@ -252,7 +252,7 @@ class Orphans:
             self._delete(orphan.object_key, in_spool=orphan.in_spool)
             return "deleted"
         known = self._known(record.summary.sop_instance_uid)
-        whole = known is None or known.summary.sha256 != record.summary.sha256 or self._whole(known)
+        whole = known is None or known.summary.sha256 != record.summary.sha256 or self._whole(known, orphan)
         if whole is None:
             return "waiting"
         if heard.report is not None and known is None and not restored and self._analysis_waits(heard.report):
@@ -289,6 +289,7 @@ class Orphans:
                 return "deleted"
             self._study_keys.restore_in(connection, heard.study_key, stored=heard.study_key.stored)
             self._index.replace_object(connection, known.sealed.object_key, record.sealed, landed_on=record.landed_on)
+            self._queue.rehome(connection, summary.sop_instance_uid, home=record.landed_on)
             self._move_in(connection, record)
             detail = {"replaced_object_key": known.sealed.object_key, "by": "an object that no row named"}
             self._audit.append(connection, event_of("instance.healed", record, detail=detail))
@@ -343,8 +344,10 @@ class Orphans:
         with self._database.read() as connection:
             return self._index.find_in(connection, sop_instance_uid)
 
-    def _whole(self, known: InstanceRecord) -> bool | None:
-        """Tell whether the archived object is what was sealed; None when that cannot be said now."""
+    def _whole(self, known: InstanceRecord, orphan: _Orphan) -> bool | None:
+        """Tell whether the archived object is as good as the orphan; None when that cannot be said now."""
+        if known.landed_on and not orphan.in_spool:
+            return False  # it lies on one disk alone, perhaps of a node that is lost; this one lies in the store
         try:
             self._places.require_whole(known)
         except (InstanceNotFound, IntegrityError):

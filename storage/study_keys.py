@@ -201,6 +201,13 @@ class StudyKeys:
         if connection.execute(_FIND, {"study_key_id": study_key.id}).first() is None:
             connection.execute(insert(STUDY_KEYS), _values(study_key, stored=stored))
 
+    def doubt(self, study_keys: Iterable[StudyKey]) -> None:
+        """After a commit of unknown outcome: forget the keys, which may be in the table now and erased from it tomorrow.
+
+        What waits here under one of them is refused as retryable when it is not in the table.
+        """
+        self._drop([study_key.id for study_key in study_keys])
+
     def _require_fit(self, study_key: StudyKey) -> None:
         """Let only a key come into the table that was made here and never was in it: an erased one must not come back."""
         with self._lock:
