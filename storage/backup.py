@@ -115,7 +115,7 @@ def back_up(
             _replace(folder / "ring.json", ring.path.read_bytes())
         told = {"format": _FORMAT, "made_at": moment.isoformat(), "database": made.database, "objects": made.objects}
         _replace(folder / "backup.json", json.dumps(told, indent=2).encode() + b"\n")
-        _forget_old(folder, keep)
+        _forget_old(folder, keep, made)
     except OSError as error:
         raise disk_unavailable(error, folder) from error
     return made
@@ -302,9 +302,10 @@ def _copy_file(object_key: str, byte_count: int, sha256: str, source: ObjectStor
     return 1
 
 
-def _forget_old(folder: Path, keep: int) -> None:
-    for pattern in ("index-*.db", "objects-*"):
-        for path in sorted(folder.glob(pattern))[: -max(keep, 1)]:
+def _forget_old(folder: Path, keep: int, made: BackedUp) -> None:
+    for pattern, ours in (("index-*.db", made.database), ("objects-*", made.database.replace("index-", "objects-").removesuffix(".db"))):
+        others = sorted(path for path in folder.glob(pattern) if path.name != ours)  # a clock put back names the newest like the oldest
+        for path in others[: len(others) - (max(keep, 1) - 1)] if len(others) >= max(keep, 1) else ():
             path.unlink()
 
 
