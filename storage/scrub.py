@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from storage.study_keys import StudyKeys
 
 _PAGE = 250
+_UNREADABLE_IN_A_ROW = 20
+"""So many one after the other, and it is not the objects that are at fault."""
 _WHOLE = 16 << 20
 """Objects up to this many bytes are read once and kept in memory while they are looked at."""
 _KEYS = (
@@ -71,7 +73,9 @@ class Scrubbed:
     cold: int = 0
     """Whose length alone was compared: they lie in a cold class."""
     elsewhere: int = 0
-    """On another node's disk yet, or unreadable now."""
+    """On another node's disk yet."""
+    unreadable: int = 0
+    """The store (or its disk) cannot give them now, though it gives others; the log names them."""
     unindexed: int = 0
     documents: int = 0
     """Documents of keys that were not as their rows, and were put again."""
@@ -143,7 +147,7 @@ class Scrub:
             after = ""
         event = AuditEvent(
             action="archive.scrubbed",
-            outcome="success" if found.missing + found.damaged == found.healed and not found.audit_fault else "damage",
+            outcome="success" if found.missing + found.damaged + found.unreadable == found.healed and not found.audit_fault else "damage",
             actor="node",
             detail={field.name: getattr(found, field.name) for field in fields(found)},
         )
@@ -153,10 +157,19 @@ class Scrub:
     # -- objects -----------------------------------------------------------------------------------------------------------------
 
     def _objects(self, after: str, found: Scrubbed, save: Callable[[str], object], pace: Pace, *, quarantined: bool) -> None:
-        at = int(after or 0)
+        at, in_a_row = int(after or 0), 0
         while page := self._index.objects_after(at, quarantined=quarantined):
             for known in page:
-                self._object(known, found, pace)
+                try:
+                    self._object(known, found, pace)
+                    in_a_row = 0
+                except Unavailable as error:  # of one object: a bad sector must not keep all behind it from being looked at
+                    in_a_row += 1
+                    if in_a_row == _UNREADABLE_IN_A_ROW:
+                        found.unreadable -= in_a_row - 1
+                        raise
+                    found.unreadable += 1
+                    _log.error("object.unreadable", extra={"object_key": known.object_key, "reason": str(error)})
             at = page[-1].id
             save(f"{'quarantine' if quarantined else 'instances'} {at}")
 
