@@ -496,19 +496,22 @@ def _courier(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thre
         sending = pool.submit(_webhooks(settings, parts, metrics).run, stop) if settings.webhooks else None
         if sending is not None:
             sending.add_done_callback(lambda _: stop.set())  # should it end by a fault, the process ends and the supervisor makes another
-        ready()
-        if settings.delivery.enabled:
-            Courier(
-                archive=parts.archive,
-                queue=parts.queue,
-                peers=peers_of(settings),
-                sender=StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s),
-                reach=failpoint_from_environment(os.environ),
-                heartbeat_s=settings.node.lease_s / 3,
-                wait=parts.database.changed,
-                observe=observe,
-            ).run(stop)
-        stop.wait()
+        try:
+            ready()
+            if settings.delivery.enabled:
+                Courier(
+                    archive=parts.archive,
+                    queue=parts.queue,
+                    peers=peers_of(settings),
+                    sender=StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s),
+                    reach=failpoint_from_environment(os.environ),
+                    heartbeat_s=settings.node.lease_s / 3,
+                    wait=parts.database.changed,
+                    observe=observe,
+                ).run(stop)
+            stop.wait()
+        finally:
+            stop.set()  # or the process would live on with webhooks and no courier
         if sending is not None:
             sending.result()
 
@@ -579,8 +582,11 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
     with ThreadPoolExecutor(1, thread_name_prefix="caretaker") as pool:
         caring = pool.submit(caretaker.run, stop)
         caring.add_done_callback(lambda _: stop.set())  # should it end by a fault, the process ends and the supervisor makes another
-        ready()
-        mover.run(stop)
+        try:
+            ready()
+            mover.run(stop)
+        finally:
+            stop.set()  # or the process would live on with a caretaker and no mover
         caring.result()
 
 
