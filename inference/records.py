@@ -185,6 +185,8 @@ class ReportContext:
     configuration_digest: str
     installation_uid: str
     """Device Observer UID of this installation."""
+    source_sha256: str = ""
+    """Of the picture's data set: an instance that an operator put in the place of another of its UID has other reports."""
     predecessors: dict[str, ReportReference] = field(default_factory=dict)
     """By kind: summary, findings."""
 

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from inference.errors import InferenceError, UnsupportedPixels
@@ -177,7 +178,7 @@ class Worker:
         analysis = self._pipeline.run(header, frames)
         self._reach("analyse.predicted")
         lease.require()
-        reports = self._built(job, header, analysis)
+        reports = self._built(job, record, header, analysis)
         self._reach("report.built")
         models = self._pipeline.models
         outcome = "analysed" if any(frame.valid for frame in analysis.frames) else "refused"
@@ -205,17 +206,18 @@ class Worker:
         )
         return outcome
 
-    def _built(self, job: Job, header: Dataset, analysis: ImageAnalysis) -> Sequence[Report]:
+    def _built(self, job: Job, record: InstanceRecord, header: Dataset, analysis: ImageAnalysis) -> Sequence[Report]:
         """Write the reports; those that replace earlier ones name them."""
         if job.first_claimed_at is None:
             raise ValueError("a claimed job knows when it was first claimed")
         at = job.first_claimed_at.isoformat()
         profile, digest = self._pipeline.profile, self._pipeline.configuration_digest
-        reports = self._reports(header, analysis, ReportContext(at, profile, digest, self._installation_uid))
+        context = ReportContext(at, profile, digest, self._installation_uid, record.summary.sha256)
+        reports = self._reports(header, analysis, context)
         predecessors = self._predecessors(job.sop_instance_uid, reports)
         if not predecessors:
             return reports
-        return self._reports(header, analysis, ReportContext(at, profile, digest, self._installation_uid, predecessors))
+        return self._reports(header, analysis, replace(context, predecessors=predecessors))
 
     def _predecessors(self, source_sop_instance_uid: str, reports: Sequence[Report]) -> dict[str, ReportReference]:
         """Give the latest earlier report of each kind; earlier than the one that is archived already under the UID of the new one, if any.

@@ -47,6 +47,7 @@ def _basis(source: Source, analysis: ImageAnalysis, context: ReportContext, node
     failed += [f"{frame.frame_number}\n{failure.item}\n{failure.reason}" for frame in analysis.frames for failure in frame.failures]
     return (
         source.sop_instance_uid,
+        context.source_sha256,
         context.profile,
         context.configuration_digest,
         context.installation_uid,

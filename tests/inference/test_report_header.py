@@ -219,3 +219,11 @@ def test_damaged_sequences_are_left_out() -> None:
 
 def _uids() -> list[tuple[int, str, str]]:
     return [(0x00080016, "UI", draw.VL_PHOTOGRAPHIC), (0x00080018, "UI", "1.2"), (0x0020000D, "UI", "1.3"), (0x0020000E, "UI", "1.4")]
+
+
+def test_another_picture_under_the_same_uid_has_other_reports() -> None:
+    """Where an operator accepted other content under a UID, its reports are other documents: a PACS may hold the first ones."""
+    source, analysis = draw.source(), draw.analysis(draw.frame())
+    first = build_reports(source, analysis, draw.context(source_sha256="a" * 64), node=draw.NODE)
+    second = build_reports(source, analysis, draw.context(source_sha256="b" * 64), node=draw.NODE)
+    assert not {report.sop_instance_uid for report in first} & {report.sop_instance_uid for report in second}
