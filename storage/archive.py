@@ -90,7 +90,7 @@ class Archive:
     spool, cache, node_id
         As `storage.places.Places`; only for a remote store.
     acknowledge
-        What Success means for a sender; pure. Reports of our own follow the policy of door ``node``.
+        What Success means for a sender; pure. Reports of our own follow that of door ``node``, or of their source when it is stricter.
     limits
         Hard limits on one instance.
     jobs_for
@@ -417,8 +417,14 @@ class Archive:
                 _require_same_report(known, record)
                 self._open_object(known).close()
                 return record, study_key, False
-            record = self._admission.put(record, intake.landing_file, study_key, self._acknowledge(record.origin))
+            record = self._admission.put(record, intake.landing_file, study_key, self._policy_of_report(record, job))
         return record, study_key, True
+
+    def _policy_of_report(self, record: InstanceRecord, job: Job) -> Acknowledge:
+        """A report of what was acknowledged in the store goes there too: with this node lost, nobody would make it again."""
+        policy = self._acknowledge(record.origin)
+        source = self._known(job.sop_instance_uid) if self._places.lands(policy) else None
+        return policy if source is None else self._acknowledge(source.origin)
 
     def _conclude_in(
         self,
@@ -569,9 +575,7 @@ class Archive:
                 self._places.settle(record.sealed)
             return 0
         try:
-            self._study_keys.publish(
-                record.sealed.key_id, put_document=self._store.put_document, delete_document=self._store.delete_document
-            )
+            self._publish_key(record)
             self._reach("bring.key_published")
             self._places.bring(record)
         except InstanceNotFound as error:
@@ -599,6 +603,19 @@ class Archive:
         self._places.settle(record.sealed)
         self._reach("bring.settled")
         return record.sealed.byte_count
+
+    def _publish_key(self, record: InstanceRecord) -> None:
+        """Have the document of the study's key in the store. That this node's ring does not open the key is no fault of the object."""
+        try:
+            self._study_keys.publish(
+                record.sealed.key_id, put_document=self._store.put_document, delete_document=self._store.delete_document
+            )
+        except IntegrityError as error:
+            if self._study_keys.known([record.sealed.key_id]):
+                raise Unavailable(f"{error}; landed object {record.sealed.object_key} stays on this node's disk until then") from error
+            if self._index.record_of_object(record.sealed.object_key) is None:
+                raise Unavailable("the instance was erased while its object was brought") from error
+            raise
 
     # --- care --------------------------------------------------------------------------------------------------------
 
