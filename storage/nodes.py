@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger, Column, Row, Table, Text, bindparam, insert, select, update
+from sqlalchemy import BigInteger, Column, Row, Table, Text, bindparam, insert, inspect, select, update
 
 from storage.database import METADATA, from_micros, to_micros
 from storage.errors import Unavailable
+from storage.reindex import HEARD
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -60,10 +61,13 @@ class Nodes:
         Raises
         ------
         Unavailable
-            A node of this identity lives elsewhere: its data folder was copied, or is mounted twice.
+            A node of this identity lives elsewhere: its data folder was copied, or is mounted twice. Or a reindex is under way: a
+            sweep beside it would take reports that are not linked yet for work undone.
         """
 
         def work(connection: Connection) -> None:
+            if inspect(connection).has_table(HEARD.name):
+                raise Unavailable("the database is being filled by `dicom-node reindex`: let it end, or run it again if it was killed")
             now = self._database.clock()
             values = {"host": host, "data_dir": data_dir, "version": version, "started_at": to_micros(now), "seen_at": to_micros(now)}
             row = connection.execute(_FIND, {"node": node_id}).first()
