@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -14,14 +15,17 @@ import pytest
 from storage.backup import BackedUp, newest
 from storage.cache import ReadCache
 from storage.errors import ConflictingInstance, IntegrityError, Unavailable
+from storage.nodes import Nodes
 from storage.objects import DirectoryStore, FileReader
 from storage.records import Job, JobKind, JobState, Outcome
+from storage.reindex import HEARD
 from tests.faults.lying_s3 import LyingS3, error
 from tests.storage.conftest import Build
 from tests.storage.house import House
 from tests.storage.samples import Sample, photograph
 from tests.storage.test_archive import object_file
 from tests.storage.test_backup import backed_up
+from tests.storage.test_erasure import concluded
 from tests.storage.test_mover import mover_of, store_of
 
 HERE, THERE = "00000000000000aa", "00000000000000bb"
@@ -196,3 +200,52 @@ def test_the_same_picture_in_the_cache_alone_is_no_duplicate(houses: Build, tmp_
     object_file(house, first.sop_instance_uid).unlink()
     with pytest.raises(ConflictingInstance):
         house.ingest(other)
+
+
+def test_a_report_is_as_safe_as_what_it_was_made_from(houses: Build, lying: LyingS3) -> None:
+    """Acknowledged in the store, analysed by a node that is lost for ever: the report is in the store, and is delivered by another."""
+    house = houses(store=store_of(lying), node_id=HERE, acknowledge=lambda origin: "archive" if origin.peer == "careful" else "land")
+    made = {}
+    for peer in ("careful", "quick"):
+        sample = photograph()
+        house.ingest(sample, peer=peer)
+        made[peer] = concluded(house, sample)
+    assert house.index.find(made["careful"]).landed_on == ""
+    assert house.index.find(made["quick"]).landed_on == HERE
+
+
+def test_a_ring_that_is_too_old_buries_no_object(houses: Build, lying: LyingS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node's copy of the ring lacks a key: what landed waits on its disk, no alarm says that it is damaged, and it arrives later."""
+    house, sample = houses(store=store_of(lying), node_id=HERE), photograph()
+    house.ingest(sample)
+
+    def closed(*_: object, **__: object) -> None:
+        raise IntegrityError("a study key was wrapped by a key that is not in the ring")
+
+    monkeypatch.setattr(house.study_keys, "publish", closed)
+    assert mover_of(house).bring_once()
+    (job,) = jobs(house, sample, JobKind.ARCHIVE)
+    assert job.state is JobState.READY
+    assert "instance.damaged" not in house.actions()
+    monkeypatch.undo()
+    house.archive.bring(job_now(house))
+    assert house.index.find(sample.sop_instance_uid).landed_on == ""
+
+
+def job_now(house: House) -> Job:
+    """Claim the Mover's job when it is due."""
+    deadline = time.monotonic() + 10
+    while (job := house.queue.claim(JobKind.ARCHIVE, owner="test")) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return job
+
+
+def test_no_node_starts_beside_a_reindex(house: House) -> None:
+    """Its sweep would delete reports that are not linked yet. When the reindex is over, it starts."""
+    nodes, where = Nodes(database=house.database), {"host": "one", "data_dir": "/srv/one", "version": "1"}
+    house.database.write(HEARD.create)
+    with pytest.raises(Unavailable, match="reindex"):
+        nodes.enter(node_id=HERE, **where)
+    house.database.write(HEARD.drop)
+    nodes.enter(node_id=HERE, **where)
