@@ -8,6 +8,7 @@ its study was erased, or it was dropped       deleted
 no key opens it, in table, store or spool     deleted: it was never admitted, or its study was erased
 its instance is archived, whole, and equal    deleted: a copy too many
 its instance is archived, equal, not whole    it takes the place of the damaged object
+its instance is on a node's disk alone        it takes its place, if it is equal and in the store
 its instance is archived with other content   set aside in quarantine
 nobody knows its instance                     **adopted**: filed and analysed like one that arrived
 a report whose analysis is still to be done   deleted: the analysis brings it again (adopted, after a restore)
@@ -336,7 +337,7 @@ class Orphans:
         if record.landed_on:
             payload = {"object_key": record.sealed.object_key}
             job = NewJob(JobKind.ARCHIVE, record.summary.sop_instance_uid, payload=payload, home=record.landed_on)
-            self._queue.enqueue(connection, job)
+            self._queue.enqueue_again(connection, job)  # that of a former row of this object is done perhaps
 
     # -- what is known -----------------------------------------------------------------------------------------------------------
 

@@ -303,6 +303,13 @@ class WorkQueue:
             made = connection.execute(_SAME, same).scalar_one()
         return int(made)
 
+    def enqueue_again(self, connection: Connection, job: NewJob) -> int:
+        """As :meth:`enqueue`; the same job that is done or dead is ready again, for the node of `job`."""
+        number = self.enqueue(connection, job)
+        if self._requeue(connection, JOBS.c.id == number, _from(Step.REQUEUE)):
+            connection.execute(update(JOBS).where(JOBS.c.id == number).values(home=job.home))
+        return number
+
     def claim(self, kind: JobKind, *, lane: str | None = None, owner: str) -> Job | None:
         """Claim the job of `kind` (and `lane`) that is due longest, None when none is due.
 
