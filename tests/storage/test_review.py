@@ -249,3 +249,23 @@ def test_no_node_starts_beside_a_reindex(house: House) -> None:
         nodes.enter(node_id=HERE, **where)
     house.database.write(HEARD.drop)
     nodes.enter(node_id=HERE, **where)
+
+
+def test_what_is_taken_back_from_a_spool_is_brought(houses: Build, lying: LyingS3) -> None:
+    """Its job ended when another copy had its place; that copy is lost, the object is taken back, and the job is ready again."""
+    here, there = (houses(store=store_of(lying), node_id=node) for node in (HERE, THERE))
+    sample = photograph()
+    here.ingest(sample)
+    first = here.index.find(sample.sop_instance_uid)
+    there.ingest(sample)  # as far as it knows the object lies on another node's disk
+    second = here.index.find(sample.sop_instance_uid)
+    assert second.landed_on == THERE
+    assert mover_of(here).bring_once()  # nothing to bring any more
+    (there.folder / "landed" / second.sealed.object_key[:2] / second.sealed.object_key).unlink()
+    assert there.archive.orphans().sweep_spool(grace=NOW).healed == 1
+    assert {job.state for job in jobs(here, sample, JobKind.ARCHIVE)} == {JobState.READY}
+    while mover_of(there).bring_once():
+        pass
+    found = here.index.find(sample.sop_instance_uid)
+    assert (found.landed_on, found.sealed) == ("", first.sealed)
+    assert here.read(sample.sop_instance_uid) == sample.data_set
