@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InstanceNotFound
-from storage.records import InstanceRecord, Job, Level, Query
+from storage.records import InstanceRecord, Job, JobKind, Level, Query
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -91,7 +91,7 @@ def _instance(record: InstanceRecord, index: Index, queue: WorkQueue, audit: Aud
             | {
                 "kind": report.kind,
                 "models": dict(report.models),
-                "deliveries": [_job(job) for job in queue.jobs_of(report.sop_instance_uid)],
+                "deliveries": [_job(job) for job in queue.jobs_of(report.sop_instance_uid) if job.kind is JobKind.DELIVER],
                 "audit": _events(report.sop_instance_uid, audit),
             },
         )
