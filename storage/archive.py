@@ -553,7 +553,21 @@ class Archive:
     def bring(self, job: Job) -> int:
         """Bring a landed object into the store, and end the job of the Mover: its bytes, 0 when there was nothing to bring (any more).
 
-        The spool keeps its file until the commit that says that the store has the object, read back and compared.
+        Raises
+        ------
+        IntegrityError, Unavailable
+            As `carry`.
+        LeaseLost
+            As `arrived`.
+        """
+        record = self.carry(job)
+        if record is None:
+            return 0
+        self.arrived([(job, record)])
+        return record.sealed.byte_count
+
+    def carry(self, job: Job) -> InstanceRecord | None:
+        """Put a landed object into the store, read back and compared; None, and the job is ended, when there is nothing to bring.
 
         Raises
         ------
@@ -568,12 +582,12 @@ class Archive:
         record = self._index.record_of_object(object_key)
         if record is not None and record.landed_on not in ("", self._node_id):
             self._queue.release(job, home=record.landed_on)  # that node alone can bring it
-            return 0
+            return None
         if record is None or not record.landed_on:
             self._queue.finish(job, {"outcome": "nothing to bring"})
             if record is not None:
                 self._places.settle(record.sealed)
-            return 0
+            return None
         try:
             self._publish_key(record)
             self._reach("bring.key_published")
@@ -588,21 +602,37 @@ class Archive:
             self._damaged(record, error)
             raise
         self._reach("bring.put")
+        return record
+
+    def arrived(self, carried: Sequence[tuple[Job, InstanceRecord]]) -> None:
+        """Say of objects that were carried that they are in the store, and end their jobs, in one transaction; then settle the spool.
+
+        The spool keeps its files until this commit.
+
+        Raises
+        ------
+        LeaseLost
+            Another Mover has one of the jobs; nothing is said of any.
+        Unavailable
+            The database is away; the jobs run again.
+        """
 
         def work(connection: Connection) -> None:
-            self._queue.finish_in(connection, job, {"object_key": object_key})
-            if self._index.arrived_in_store(connection, object_key, landed_on=self._node_id):
-                known = self._index.find_in(connection, record.summary.sop_instance_uid)
-                if known is not None and known.sealed.object_key == object_key:  # not another one of this UID, in quarantine
-                    self._queue.rehome(connection, record.summary.sop_instance_uid)
-                self._audit.append(connection, event_of("instance.archived", record, detail={"landed_on": self._node_id}))
+            for job, record in carried:
+                object_key = record.sealed.object_key
+                self._queue.finish_in(connection, job, {"object_key": object_key})
+                if self._index.arrived_in_store(connection, object_key, landed_on=self._node_id):
+                    known = self._index.find_in(connection, record.summary.sop_instance_uid)
+                    if known is not None and known.sealed.object_key == object_key:  # not another one of this UID, in quarantine
+                        self._queue.rehome(connection, record.summary.sop_instance_uid)
+                    self._audit.append(connection, event_of("instance.archived", record, detail={"landed_on": self._node_id}))
             self._reach("bring.written")
 
         self._database.write(work)
         self._reach("bring.committed")
-        self._places.settle(record.sealed)
-        self._reach("bring.settled")
-        return record.sealed.byte_count
+        for _, record in carried:
+            self._places.settle(record.sealed)
+            self._reach("bring.settled")
 
     def _publish_key(self, record: InstanceRecord) -> None:
         """Have the document of the study's key in the store. That this node's ring does not open the key is no fault of the object."""

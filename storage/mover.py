@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from storage.errors import LeaseLost, StorageError
 from storage.failpoints import unarmed
@@ -15,12 +17,30 @@ from storage.records import Job, JobKind
 from storage.work import growing_delay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from storage.archive import Archive
+    from storage.records import InstanceRecord
     from storage.work import WorkQueue
 
 _log = logging.getLogger(__name__)
+
+
+_REPORT_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """An object that is in the store, while its row does not say so yet."""
+
+    job: Job
+    record: InstanceRecord
+    began: float
+
+
+def _give_way() -> None:
+    """Have this thread come after all that answer senders, where the processor is short: what landed is safe already."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
 
 
 def unobserved(_event: str, **_labels: Any) -> None:
@@ -63,6 +83,9 @@ class Mover:
         Of this node: its queue claims what has this node as its home.
     at_once
         Objects under way at the same time.
+    batch
+        Objects that each of those claims in one transaction, and reports in one: the disk is flushed for all of them once. What was
+        brought waits a second at most for the others.
     bytes_per_s
         Bandwidth over all of them; 0: no limit.
     poll_s
@@ -83,6 +106,7 @@ class Mover:
         archive: Archive,
         queue: WorkQueue,
         at_once: int = 4,
+        batch: int = 8,
         bytes_per_s: int = 0,
         poll_s: float = 0.5,
         heartbeat_s: float = 20.0,
@@ -94,6 +118,7 @@ class Mover:
         self._archive = archive
         self._queue = queue
         self._at_once = at_once
+        self._batch = batch
         self._bandwidth = Bandwidth(bytes_per_s)
         self._poll_s = poll_s
         self._heartbeat_s = heartbeat_s
@@ -109,10 +134,10 @@ class Mover:
         """Bring until `stop` is set; objects under way are finished first."""
         wait = self._wait or stop.wait
         busy: list[Future[None]] = []
-        with ThreadPoolExecutor(self._at_once, thread_name_prefix="mover") as pool:
+        with self._carriers() as carriers, ThreadPoolExecutor(self._at_once, thread_name_prefix="mover") as pool:
             while not stop.is_set():
                 busy = [future for future in busy if not future.done()]
-                busy += [pool.submit(self._lane, stop) for _ in range(self._at_once - len(busy))] if self._any_due() else []
+                busy += [pool.submit(self._lane, stop, carriers) for _ in range(self._at_once - len(busy))] if self._any_due() else []
                 try:
                     wait(self._poll_s)
                 except StorageError:
@@ -129,40 +154,85 @@ class Mover:
         job = self._queue.claim(JobKind.ARCHIVE, owner=self._owner)
         if job is None:
             return False
-        self._bring(job)
+        with self._carriers() as carriers:
+            self._bring([job], threading.Event(), carriers)
         return True
 
-    def _lane(self, stop: threading.Event) -> None:
+    def _carriers(self) -> ThreadPoolExecutor:
+        # Threads of their own: the one that commits for this process must not hold the database's lock at a low priority.
+        return ThreadPoolExecutor(self._at_once, thread_name_prefix="carrier", initializer=_give_way)
+
+    def _lane(self, stop: threading.Event, carriers: ThreadPoolExecutor) -> None:
         try:
             while not stop.is_set() and not self._rests():
-                job = self._queue.claim(JobKind.ARCHIVE, owner=self._owner)
-                if job is None:
+                jobs = self._queue.claim_some(JobKind.ARCHIVE, owner=self._owner, at_most=self._batch)
+                if not jobs:
                     return
-                stop.wait(self._bandwidth.take(self._bring(job)))
+                self._bring(jobs, stop, carriers)
         except StorageError as error:
             _log.warning("mover.queue_unavailable", extra={"reason": str(error)})
         except Exception:  # noqa: BLE001 - the edge of a mover's thread: the lease runs out and the job is claimed again
             _log.exception("mover.failed")
 
-    def _bring(self, job: Job) -> int:
-        """Bring one object; return its bytes, 0 when it was not brought."""
-        self._reach("bring.claimed")
-        began = time.monotonic()
-        with Leases(self._queue, [job], self._heartbeat_s) as leases:
+    def _bring(self, jobs: Sequence[Job], stop: threading.Event, carriers: ThreadPoolExecutor) -> None:
+        """Bring some objects; report each within a second or so."""
+        carried: list[_Carried] = []
+        with Leases(self._queue, jobs, self._heartbeat_s) as leases:
+            for number, job in enumerate(jobs):
+                if number and (stop.is_set() or self._rests()):
+                    if leases.drop(job):
+                        self._give_back(job)
+                    continue
+                self._reach("bring.claimed")
+                began = time.monotonic()
+                try:
+                    record = carriers.submit(self._archive.carry, job).result()
+                except LeaseLost:
+                    _log.warning("job.lease_lost", extra={"job": job.id})
+                    leases.drop(job)
+                    continue
+                except StorageError as error:
+                    if leases.drop(job):
+                        self._failed(job, error)
+                    continue
+                with self._lock:
+                    self._failures = 0
+                if record is None:
+                    leases.drop(job)
+                    continue
+                carried.append(_Carried(job, record, began))
+                if began - carried[0].began > _REPORT_S:
+                    self._report(carried, leases)
+                    carried = []
+                stop.wait(self._bandwidth.take(record.sealed.byte_count))
+            self._report(carried, leases)
+
+    def _report(self, carried: Sequence[_Carried], leases: Leases) -> None:
+        """End the jobs of what was carried, together; each by itself when one of them was lost."""
+        mine = [one for one in carried if leases.drop(one.job)]
+        groups = [mine] if mine else []
+        while groups:
+            group = groups.pop()
             try:
-                byte_count = self._archive.bring(job)
+                self._archive.arrived([(one.job, one.record) for one in group])
             except LeaseLost:
-                _log.warning("job.lease_lost", extra={"job": job.id})
-                return 0
+                if len(group) > 1:
+                    groups += [[one] for one in group]
+                else:
+                    _log.warning("job.lease_lost", extra={"job": group[0].job.id})
+                continue
             except StorageError as error:
-                if leases.drop(job):
-                    self._failed(job, error)
-                return 0
-        with self._lock:
-            self._failures = 0
-        if byte_count:
-            self._observe("instance.archived", byte_count=byte_count, seconds=time.monotonic() - began)
-        return byte_count
+                for one in group:
+                    self._failed(one.job, error)
+                continue
+            for one in group:
+                self._observe("instance.archived", byte_count=one.record.sealed.byte_count, seconds=time.monotonic() - one.began)
+
+    def _give_back(self, job: Job) -> None:
+        try:
+            self._queue.release(job, after_s=0.0, reason="the Mover stops or rests")
+        except StorageError as error:  # claimed again when the lease ends
+            _log.warning("job.not_released", extra={"job": job.id, "reason": str(error)})
 
     def _failed(self, job: Job, error: StorageError) -> None:
         """Give the job back, or bury it. A store that is away is no fault of the object: the Mover rests, a minute at most."""

@@ -329,6 +329,24 @@ class WorkQueue:
         # A burial is written into the audit trail, which has one order.
         return self._database.write(lambda connection: self._claim_in(connection, kind, lane, owner, bury=True))[0]
 
+    def claim_some(self, kind: JobKind, *, owner: str, at_most: int) -> list[Job]:
+        """Claim up to `at_most` jobs of `kind` in one transaction, those first that `claim` would; an empty list when none is due."""
+        with self._database.read() as connection:
+            if not self._heads(connection, kind, None):
+                return []
+
+        def work(connection: Connection) -> list[Job]:
+            jobs: list[Job] = []
+            while len(jobs) < at_most and (job := self._claim_in(connection, kind, None, owner, bury=False)[0]) is not None:
+                jobs.append(job)
+            return jobs
+
+        jobs = self._database.write(work, ordered=False)
+        if jobs:
+            return jobs
+        job = self.claim(kind, owner=owner)  # one that is dead stands in front perhaps
+        return [job] if job is not None else []
+
     def _heads(self, connection: Connection, kind: JobKind, lane: str | None) -> list[tuple[str, int]]:
         """Return lanes with a job to claim, the one to be served first at the front, each with the place in `_PLACES` of its first job."""
         wanted = self._wanted(kind)
