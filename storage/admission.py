@@ -32,7 +32,7 @@ T = TypeVar("T")
 OnConflict = Literal["quarantine", "refuse"]
 
 _LOOK_FIRST = 256 * 1024
-"""Above so many bytes, and for every remote store, a look into the index costs less than storing a duplicate in vain."""
+"""Above so many bytes, and for every journey to a store, a look into the index costs less than storing a duplicate in vain."""
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Admission:
         settled: dict[str, _Known] = {}  # by the object key of an archived instance of this UID
         stored: InstanceRecord | None = None
         known: InstanceRecord | None = None
-        if self._places.remote or record.sealed.byte_count > _LOOK_FIRST:
+        if not self._places.rests_here(policy) or record.sealed.byte_count > _LOOK_FIRST:
             known = self._known(summary.sop_instance_uid)
         while True:
             if known is not None and known.sealed.object_key not in settled:
@@ -142,6 +142,9 @@ class Admission:
 
     def put(self, record: InstanceRecord, file: LandingFile, study_key: StudyKey, policy: Acknowledge) -> InstanceRecord:
         """Make the object durable as `policy` asks, the document of its study's key before it; return the record that says where it is."""
+        if self._places.rests_here(policy):
+            file.flush()  # what goes to a store at once is durable there, or nowhere
+        self._reach("landing.flushed")
         try:
             if not study_key.stored:
                 self._places.keep_document(document_name(study_key.id), self._study_keys.document(study_key), policy)

@@ -149,7 +149,7 @@ class Intake:
         return receipt
 
     def seal(self) -> tuple[InstanceRecord, StudyKey]:
-        """End the data set, seal it under its study's key and flush the landing file; the first half of `commit`."""
+        """End the data set and seal it under its study's key; the first half of `commit`."""
         self._require_open()
         summary = self._scanner.finish()
         self._compare(summary)
@@ -157,8 +157,6 @@ class Intake:
         study_key = self._study_keys.current(summary.study_instance_uid)
         sealed = self._sealer.finish(footer, study_key, self._study_keys)
         self._reach("intake.sealed")
-        self._file.flush()
-        self._reach("landing.flushed")
         return InstanceRecord(summary=summary, sealed=sealed, origin=self._origin, role=self._role), study_key
 
     @property

@@ -88,6 +88,10 @@ class Places:
         """Whether an object of this policy goes into the spool first."""
         return self._spool is not None and policy == "land"
 
+    def rests_here(self, policy: Acknowledge) -> bool:
+        """Whether an object of this policy rests on this node's disk when it is put: it has to be flushed there before."""
+        return not self.remote or self.lands(policy)
+
     def put(self, record: InstanceRecord, path: Path, policy: Acknowledge) -> InstanceRecord:
         """Make the object of `record` durable as `policy` asks, and return the record that says where it is. The file stays.
 
