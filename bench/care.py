@@ -85,12 +85,14 @@ def rotation(folder: Path, endpoint: str, url: str, uids: list[str]) -> dict[str
             except Exception as error:  # noqa: BLE001 - counted: none is allowed to fail
                 failed.append(error)
 
-    with opened(folder, endpoint, url) as working, opened(folder, endpoint, url) as operator:
-        before = operator.ring.primary_key_id
+    before = Ring.load(folder / "keys.json").primary_key_id
+    with ExitStack() as stack:
+        working = stack.enter_context(opened(folder, endpoint, url))
         threads = [threading.Thread(target=others, args=(working,), kwargs={"reading": seed % 2 == 0, "seed": seed}) for seed in range(4)]
         for thread in threads:
             thread.start()
-        Ring.add(operator.ring.path)
+        Ring.add(folder / "keys.json")
+        operator = stack.enter_context(opened(folder, endpoint, url))
         began = time.perf_counter()
         store = operator.store
         done = operator.study_keys.rotate(put_document=store.put_document, delete_document=store.delete_document)

@@ -137,7 +137,7 @@ def patient_name(patient: int) -> str:
 def study_date(study: int, studies: int = 100_000) -> str:
     """Return when it was made: studies come in the order of their days, a few late."""
     late = _drawn("late", study) % 30 if not _drawn("is late", study) % 20 else 0
-    return f"{_FIRST_DAY + timedelta(days=study * 5000 // studies - late):%Y%m%d}"
+    return f"{_FIRST_DAY + timedelta(days=study % studies * 5000 // studies - late):%Y%m%d}"
 
 
 def record(number: int, key_id: str = "0" * 32) -> InstanceRecord:
