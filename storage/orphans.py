@@ -362,8 +362,15 @@ class Orphans:
         return any(job.kind is JobKind.ANALYSE and job.state in (JobState.READY, JobState.CLAIMED) for job in jobs)
 
     def _was_erased(self, record: InstanceRecord, study_key_id: str) -> bool:
-        """Ask the audit trail whether this very object, or the key of its study, was erased here."""
-        if study_key_id in (erased_keys(self._audit, record.summary.study_instance_uid) or ()):
+        """Ask the audit trail whether this very object, the key of its study, or the study after it came, was erased here."""
+        study_instance_uid = record.summary.study_instance_uid
+        if study_key_id in (erased_keys(self._audit, study_instance_uid) or ()):
+            return True
+        # Under a key that never came into the table: whoever made it died before its commit.
+        if any(
+            entry.event.action == "study.erased" and entry.at > record.origin.received_at
+            for entry in self._audit.events_of(study_instance_uid)
+        ):
             return True
         return any(
             entry.event.action == "quarantine.dropped" and entry.event.detail.get("object_key") == record.sealed.object_key

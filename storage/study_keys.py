@@ -62,8 +62,9 @@ _IS_STORED = update(STUDY_KEYS).where(_T.id == bindparam("study_key_id"), _T.wra
 _RE_WRAP = (
     update(STUDY_KEYS)
     .where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was"))
-    .values(wrapping_key_id=bindparam("by"), wrapped=bindparam("now"))
+    .values(wrapping_key_id=bindparam("by"), wrapped=bindparam("now"), stored=1)
 )
+_UNSURE = update(STUDY_KEYS).where(_T.id.in_(bindparam("study_key_ids", expanding=True))).values(stored=0)
 _LEFT = (
     select(STUDY_KEYS)
     .where(_T.wrapping_key_id != bindparam("primary"), _T.id > bindparam("after"))
@@ -402,7 +403,8 @@ class StudyKeys:
         """Re-wrap every study key that is not wrapped by the primary key, while others seal and read.
 
         For each: wrap anew, replace the document, change the row. Killed at any point, the row tells what is left:
-        run it again. One at a time for a database, please: two would do the work twice.
+        run it again. While a document is replaced its row says that none is surely there: should the store spoil it, it is put again.
+        One at a time for a database, please: two would do the work twice.
 
         Parameters
         ----------
@@ -431,6 +433,7 @@ class StudyKeys:
                 total = done + self._count_left()
                 while batch := self._left(after):
                     after = batch[-1].id
+                    self._database.write(partial(_doubt_in, study_key_ids=[row.id for row in batch]))
                     tasks = [pool.submit(self._re_wrapped, row, put_document) for row in batch]
                     pairs = [(row, task.result()) for row, task in zip(batch, tasks, strict=True)]
                     fresh = [(row, key) for row, key in pairs if key is not None]
@@ -563,6 +566,11 @@ class StudyKeys:
         held = self._held.pop(study_key_id, None)
         if held is not None and self._current.get(held.key.study_instance_uid) == study_key_id:
             del self._current[held.key.study_instance_uid]
+
+
+def _doubt_in(connection: Connection, study_key_ids: list[str]) -> None:
+    """Note that the documents of these keys are about to be replaced."""
+    connection.execute(_UNSURE, {"study_key_ids": study_key_ids})
 
 
 def _replace_in(connection: Connection, fresh: list[tuple[Row[Any], StudyKey]]) -> set[str]:

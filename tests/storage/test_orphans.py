@@ -13,7 +13,7 @@ from storage.objects import ObjectStore
 from storage.records import InstanceRecord, JobKind, JobState
 from tests.storage.conftest import Build
 from tests.storage.house import House, origin_of
-from tests.storage.samples import Sample, photograph
+from tests.storage.samples import Sample, new_uid, photograph
 from tests.storage.test_erasure import concluded
 
 NOW = timedelta(minutes=-1)
@@ -199,6 +199,21 @@ def test_an_erased_study_does_not_come_back(house: House) -> None:
     swept = house.archive.orphans().sweep(grace=NOW)
     assert (swept.deleted, swept.documents, swept.adopted) == (1, 1, 0)
     assert house.objects() == list(house.store.list_documents("keys/")) == []
+
+
+def test_what_came_before_an_erasure_under_a_key_nobody_knows_does_not_come_back(house: House) -> None:
+    """A process died between put and commit with a key of its own; then the study was erased: the sweep deletes, it does not adopt."""
+    study = new_uid()
+    left_behind(house, photograph(study=study))
+    house.study_keys._drop(list(house.study_keys._held))
+    house.ingest(photograph(study=study))
+    house.archive.erasure().erase_study(study, actor="operator", reason="")
+    swept = house.archive.orphans().sweep(grace=NOW)
+    assert (swept.deleted, swept.adopted) == (1, 0)
+    assert house.objects() == []
+    later = photograph(study=study)
+    left_behind(house, later)
+    assert house.archive.orphans().sweep(grace=NOW).adopted == 1
 
 
 def test_the_spool_is_swept_the_same_way(houses: Build, s3_store: ObjectStore) -> None:
