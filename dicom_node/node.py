@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -129,14 +130,14 @@ def _present(settings: Settings, parts: Storehouse, lock: int) -> Iterator[None]
             f"{settings.ring_file}: the database was written with another ring (keys {', '.join(unknown)} are missing here); "
             "copy the ring of the nodes that share it, then start again"
         )
-    where = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve())}
-    parts.nodes.enter(node_id=parts.node_id, version=version("dicom-node"), **where)
+    told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}
+    parts.nodes.enter(node_id=parts.node_id, **told)
     gone = threading.Event()
 
     def say() -> None:
         while not gone.wait(SEEN_EVERY_S):
             try:
-                parts.nodes.seen(parts.node_id)
+                parts.nodes.seen(node_id=parts.node_id, **told)
             except StorageError as error:
                 log.warning("node.unseen", reason=str(error))
 
@@ -525,13 +526,13 @@ def _webhooks(settings: Settings, parts: Storehouse, metrics: Metrics) -> Webhoo
 
     hooks = []
     for index, hook in enumerate(settings.webhooks):
-        secrets = tuple(secret.get_secret_value() for secret in hook.secrets)
+        signing = tuple(secret.get_secret_value() for secret in hook.secrets)
         try:
             hooks.append(
                 Webhook(
                     name=hook.name,
                     url=hook.url,
-                    secrets=secrets,
+                    secrets=signing,
                     kinds=frozenset(hook.kinds) or KINDS,
                     ca_file=hook.ca_file,
                     from_beginning=hook.from_beginning,
@@ -543,7 +544,7 @@ def _webhooks(settings: Settings, parts: Storehouse, metrics: Metrics) -> Webhoo
         database=parts.database,
         audit=parts.audit,
         webhooks=hooks,
-        holder=f"{parts.node_id} {os.getpid()}",
+        holder=f"{parts.node_id} {os.getpid()} {secrets.token_hex(4)}",
         reach=failpoint_from_environment(os.environ),
         observe=observe,
     )
@@ -562,7 +563,7 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
         metrics.duty(labels["duty"].partition(" ")[0], "failed" if labels["failed"] else "done")
 
     caretaker = parts.archive.caretaker(
-        duties=Duties(database=parts.database, holder=f"{parts.node_id} {os.getpid()}"),
+        duties=Duties(database=parts.database, holder=f"{parts.node_id} {os.getpid()} {secrets.token_hex(4)}"),
         scrub_days=settings.care.scrub_days,
         scrub_bytes_per_s=settings.care.scrub_bytes_per_s,
         orphan_grace=timedelta(hours=settings.care.orphan_grace_hours),

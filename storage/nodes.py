@@ -84,10 +84,16 @@ class Nodes:
 
         self._database.write(work)
 
-    def seen(self, node_id: str) -> None:
-        """Note that the node lives."""
-        moment = to_micros(self._database.clock())
-        self._database.write(lambda connection: connection.execute(update(NODES).where(NODES.c.node_id == node_id).values(seen_at=moment)))
+    def seen(self, *, node_id: str, host: str, data_dir: str, version: str) -> None:
+        """Note that the node lives; in a database that was restored meanwhile it is registered again."""
+
+        def work(connection: Connection) -> None:
+            moment = to_micros(self._database.clock())
+            if not connection.execute(update(NODES).where(NODES.c.node_id == node_id).values(seen_at=moment)).rowcount:
+                values = {"host": host, "data_dir": data_dir, "version": version, "started_at": moment, "seen_at": moment}
+                connection.execute(insert(NODES).inline(), {"node_id": node_id, **values})
+
+        self._database.write(work)
 
     def leave(self, node_id: str) -> None:
         """Note that the node stopped in order: another may take its folder at once."""

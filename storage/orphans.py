@@ -217,8 +217,8 @@ class Orphans:
         try:
             heard = self._hear(object_key, keys, in_spool=in_spool, told_sha256=lambda: "-")
         except NoStudyKey as error:
-            if restored:
-                return "waiting", None  # the table or the documents may be older than they should be
+            if restored or keys.listed(error.study_key_id):
+                return "waiting", None  # table or documents may be older than they should be, or the store was wrong about one of them
             _log.warning("orphan.without_key", extra={"object_key": object_key, "study_key_id": error.study_key_id})
             self._delete(object_key, in_spool=in_spool)
             return "deleted", None

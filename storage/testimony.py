@@ -89,6 +89,12 @@ class KeyRing:
                 self._remembered.popitem(last=False)
         return key
 
+    def listed(self, study_key_id: str) -> bool:
+        """Whether a listing of the stores names the key's document: a second witness, where one false 404 would cost an object."""
+        name = document_name(study_key_id)
+        prefix = name[: name.rindex("/") + 1]
+        return any(name == found for store in self._stores for found in store.list_documents(prefix))
+
     def unwrap_data_key(self, study_key: StudyKey, wrapped: bytes) -> bytes:
         """As `StudyKeys.unwrap_data_key`."""
         return self._study_keys.unwrap_data_key(study_key, wrapped)

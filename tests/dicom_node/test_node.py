@@ -100,8 +100,10 @@ def test_a_database_of_another_ring_is_refused(tmp_path: Path) -> None:
         document = json.loads(settings.ring_file.read_text())
         del document["keys"][known]
         settings.ring_file.write_text(json.dumps(document))
-    with storehouse.storage(settings) as parts, pytest.raises(StartError, match=known), node._present(settings, parts):
+    lock = node._own(settings)
+    with storehouse.storage(settings) as parts, pytest.raises(StartError, match=known), node._present(settings, parts, lock):
         pass
+    os.close(lock)
 
 
 def test_roles_alone_share_a_folder_and_a_whole_node_does_not(tmp_path: Path) -> None:

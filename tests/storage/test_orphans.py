@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import ConflictingInstance, InstanceNotFound
-from storage.objects import ObjectStore
+from storage.objects import DirectoryStore, ObjectStore
 from storage.records import InstanceRecord, JobKind, JobState
 from tests.storage.conftest import Build
 from tests.storage.house import House, origin_of
@@ -256,3 +256,23 @@ def test_refused_conflicts_are_no_orphans(house: House) -> None:
         house.ingest(photograph(sop=first.sop_instance_uid))
     assert house.archive.orphans().sweep(grace=NOW).settled == 0
     assert len(house.objects()) == 2
+
+
+class _Forgetful(DirectoryStore):
+    """A store that says of every document that it is not there."""
+
+    def get_document(self, name: str) -> bytes:
+        raise InstanceNotFound(f"no document {name}")
+
+
+def test_one_wrong_answer_of_the_store_deletes_nothing(houses: Build, house: House) -> None:
+    """The store says of a key's document that there is none, while its listing names it: the object waits, and is adopted later."""
+    sample = photograph()
+    house.ingest(sample)
+    forgetful = _Forgetful(house.folder / "objects")
+    again = restored(houses, house, store=forgetful)
+    swept = again.archive.orphans().sweep(grace=NOW)
+    assert (swept.deleted, swept.waiting) == (0, 1)
+    honest = restored(houses, house, store=DirectoryStore(house.folder / "objects"), name="honest")
+    assert honest.archive.orphans().sweep(grace=NOW).adopted == 1
+    assert honest.read(sample.sop_instance_uid) == sample.data_set
