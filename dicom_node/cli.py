@@ -17,7 +17,7 @@ from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out
 from dicom_node.errors import StartError
 from storage.records import AuditEvent, JobKind
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
                   help="A DICOM node for dermatology: archives encrypted, analyses, answers with Structured Reports.")  # fmt: skip
 app.add_typer(keys_app, name="keys")
 app.add_typer(hold_app, name="hold")

@@ -11,8 +11,12 @@ import typer
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, settings_of
 from storage.records import AuditEvent
 
-hold_app = typer.Typer(no_args_is_help=True, help="Legal holds: studies that neither retention nor an operator may erase.")
-quarantine_app = typer.Typer(no_args_is_help=True, help="Instances put aside: their UID was known with other content, or another patient.")
+hold_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Legal holds: studies that neither retention nor an operator may erase."
+)
+quarantine_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Instances put aside: their UID was known with other content, or another patient."
+)
 
 OPERATOR = "operator"
 
@@ -117,6 +121,9 @@ def erase(
             erased = erasure.erase_study(study, actor=OPERATOR, reason=reason)
         else:
             erased = erasure.erase_patient(patient, issuer, actor=OPERATOR, reason=reason)
+        if not erased.instances and not erased.objects:
+            typer.echo(f"{what} was erased before: what a crash had left of it was deleted now")
+            return
         typer.echo(
             f"{len(erased.study_instance_uids)} studies, {erased.instances} instances, {len(erased.study_key_ids)} study keys erased; "
             "backups of the database keep the wrapped keys until they are gone themselves (docs/operations.md)"
@@ -157,6 +164,9 @@ def quarantine_accept(number: NumberArgument, reason: ReasonOption, config_file:
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
         record = parts.archive.quarantine().accept(number, actor=OPERATOR, reason=reason)
         typer.echo(f"accepted: {record.summary.sop_instance_uid}")
+        for one in parts.archive.quarantine().all():
+            if one.record.summary.sop_instance_uid == record.summary.sop_instance_uid:
+                typer.echo(f"what was archived until now is number {one.id} in quarantine: {one.reason}")
 
 
 @quarantine_app.command("drop")
@@ -212,7 +222,8 @@ def retention(config_file: ConfigOption = None) -> None:
     with faults_as_sentences():
         settings = settings_of(config_file)
         if not settings.care.retention_days:
-            raise fail("care.retention_days is 0: nothing is ever erased by itself")
+            typer.echo("care.retention_days is 0: nothing is ever erased by itself")
+            return
         with storehouse.storage(settings) as parts:
             count = 0
             for due in parts.archive.retention(days=settings.care.retention_days).due():
@@ -248,7 +259,10 @@ def backup(
             )
         detail = {"folder": str(folder), "objects": made.objects, "with_ring": with_ring}
         parts.audit.record(AuditEvent(action="archive.backed_up", outcome="success", actor=OPERATOR, detail=detail))
-        typer.echo(f"{folder}: {made.database}, {made.objects} objects ({made.copied} copied now), {made.landed} landed")
+        objects = (
+            f"{made.objects} objects stay in the bucket" if parts.store.remote else f"{made.objects} objects ({made.copied} copied now)"
+        )
+        typer.echo(f"{folder}: {made.database}, {objects}, {made.landed} landed")
         if not with_ring:
             typer.echo(f"The key ring is not in it: keep a copy of {parts.ring.path} elsewhere.")
         for object_key in made.damaged:
@@ -287,6 +301,7 @@ def restore(
             )
             swept = parts.archive.orphans().sweep(grace=timedelta(), restored=True)
             typer.echo(f"taken in since the backup: {swept}")
+            typer.echo("What was erased since the backup is here again: erase it again.")
             with progress_bar("verifying") as progress:
                 report = parts.archive.verify(progress=progress)
             for line in report.lines():

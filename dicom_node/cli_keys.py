@@ -9,7 +9,7 @@ import typer
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, settings_of
 from storage.records import AuditEvent
 
-keys_app = typer.Typer(no_args_is_help=True, help="The ring of wrapping keys.")
+keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The ring of wrapping keys.")
 
 KeyArgument = Annotated[str, typer.Argument(help="Its id, as `keys list` shows it.")]
 

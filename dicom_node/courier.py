@@ -111,6 +111,7 @@ class Courier:
         self._owner = owner
         self._wait = wait
         self._observe = observe
+        self._unavailable = False
 
     def run(self, stop: threading.Event) -> None:
         """Deliver until `stop` is set; a batch under way is finished first."""
@@ -144,10 +145,14 @@ class Courier:
 
     def _ready(self) -> Sequence[str]:
         try:
-            return self._queue.lanes(JobKind.DELIVER)
+            lanes = self._queue.lanes(JobKind.DELIVER)
         except StorageError as error:
-            log.warning("courier.queue_unavailable", reason=str(error))
+            if not self._unavailable:  # said once an outage
+                log.warning("courier.queue_unavailable", reason=str(error))
+            self._unavailable = True
             return ()
+        self._unavailable = False
+        return lanes
 
     def _serve(self, lane: str, stop: threading.Event) -> None:
         try:

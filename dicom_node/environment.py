@@ -65,8 +65,9 @@ def _space(settings: Settings) -> Finding:
 
 
 def _keys(settings: Settings) -> Finding:
-    from dicom_node.storehouse import database_file, open_database  # what is not looked at is not loaded
+    from dicom_node.storehouse import database_file, foreign_ring, open_database  # what is not looked at is not loaded
     from storage.keys import Ring
+    from storage.study_keys import StudyKeys
 
     path = settings.ring_file
     if not path.exists():
@@ -74,7 +75,10 @@ def _keys(settings: Settings) -> Finding:
             text = f"{path} is missing although data exists; put the ring's copy back: without it nothing can be read"
             return Finding("keys", passed=False, text=text)
         if settings.database.url:
-            text = f"{path} is missing; make it once with `dicom-node keys init`, and give every node that shares the database a copy"
+            text = (
+                f"{path} is missing; make it once with `dicom-node keys init`, and give every node that shares the database a copy "
+                "(the database was not tried)"
+            )
             return Finding("keys", passed=False, text=text)
         return Finding("keys", passed=True, text=f"{path} will be made at the first start; keep a copy of it elsewhere")
     try:
@@ -84,10 +88,13 @@ def _keys(settings: Settings) -> Finding:
         database = open_database(settings, ring)
         try:
             weaknesses = database.weaknesses()
+            fault = foreign_ring(settings, StudyKeys(database=database, ring=ring), ring)
         finally:
             database.close()
     except StorageError as error:
         return Finding("keys", passed=False, text=str(error))
+    if fault:
+        return Finding("keys", passed=False, text=fault)
     if weaknesses:
         return Finding("database", passed=False, text="; ".join(weaknesses))
     return Finding("keys", passed=True, text=f"{path} is readable for us alone, and opens the database")
@@ -133,6 +140,9 @@ def _store(settings: Settings) -> Finding:
         object_store(settings).check()
     except StorageError as error:
         return Finding("archive.store", passed=False, text=str(error))
+    except OSError as error:
+        text = f"{settings.node.data_dir} cannot be used ({error.strerror}); name a folder this user may write"
+        return Finding("archive.store", passed=False, text=text)
     where = f"bucket {settings.archive.bucket}" if settings.archive.store == "s3" else "folder objects in node.data_dir"
     return Finding("archive.store", passed=True, text=f"{where} can be reached")
 

@@ -27,7 +27,7 @@ from dicom_node.errors import StartError
 from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
-from dicom_node.storehouse import Storehouse, database_file, folder, object_store, open_database, storage, wrapping_key
+from dicom_node.storehouse import Storehouse, database_file, folder, foreign_ring, object_store, open_database, storage, wrapping_key
 from dicom_node.supervisor import Supervisor, give_signs_of_life, stop_on_signals, stop_with_parent
 from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
@@ -124,12 +124,8 @@ def alone(settings: Settings) -> Iterator[Storehouse]:
 @contextmanager
 def _present(settings: Settings, parts: Storehouse, lock: int) -> Iterator[None]:
     """Be in the register of nodes, and say from time to time that this one lives; `lock` is that of its data folder."""
-    unknown = sorted(key_id for key_id in parts.study_keys.counts() if not parts.ring.holds(key_id))
-    if unknown:
-        raise StartError(
-            f"{settings.ring_file}: the database was written with another ring (keys {', '.join(unknown)} are missing here); "
-            "copy the ring of the nodes that share it, then start again"
-        )
+    if fault := foreign_ring(settings, parts.study_keys, parts.ring):
+        raise StartError(fault)
     told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}
     parts.nodes.enter(node_id=parts.node_id, **told)
     gone = threading.Event()
@@ -297,9 +293,15 @@ def _gauges(settings: Settings, supervisor: Supervisor, parts: Storehouse) -> It
     for name, state in supervisor.states().items():
         yield "dicom_node_process_ready", "1 when the process runs and is ready.", {"process": name}, float(state == "ready")
     yield "dicom_node_free_bytes", "Free space of the data folder.", {}, float(shutil.disk_usage(settings.node.data_dir).free)
-    for (kind, state), count in parts.queue.counts().items():
+    try:
+        counts, ages = parts.queue.counts(), parts.queue.oldest_ready_s()
+    except StorageError:
+        yield "dicom_node_database_up", "1 when the database answers.", {}, 0.0
+        return
+    yield "dicom_node_database_up", "1 when the database answers.", {}, 1.0
+    for (kind, state), count in counts.items():
         yield "dicom_node_jobs", "Jobs by kind and state.", {"kind": str(kind), "state": str(state)}, float(count)
-    for kind, age in parts.queue.oldest_ready_s().items():
+    for kind, age in ages.items():
         yield "dicom_node_oldest_ready_seconds", "Age of the oldest job that waits.", {"kind": str(kind)}, age
 
 

@@ -131,6 +131,17 @@ def wrapping_key(settings: Settings) -> WrappingKey | None:
     return KmsKey(settings.keys.kms_key_id, region=settings.keys.kms_region, endpoint_url=settings.keys.kms_endpoint_url).resolved()
 
 
+def foreign_ring(settings: Settings, study_keys: StudyKeys, ring: Ring) -> str:
+    """Return what is wrong when the database was written with wrapping keys that this ring lacks; empty when all is right."""
+    unknown = sorted(key_id for key_id in study_keys.counts() if not ring.holds(key_id))
+    if not unknown:
+        return ""
+    return (
+        f"{settings.ring_file}: the database was written with another ring (keys {', '.join(unknown)} are missing here); "
+        "copy the ring of the nodes that share it, then start again"
+    )
+
+
 def acknowledging(settings: Settings) -> Callable[[Origin], Acknowledge]:
     """Return what Success means for a sender: its own policy, else that of the archive."""
     own = {peer.name: peer.acknowledge for peer in settings.peers if peer.acknowledge}

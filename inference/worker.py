@@ -119,12 +119,15 @@ class Worker:
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; the instance under way is finished first."""
         wait = self._wait or stop.wait
+        unavailable = False
         while not stop.is_set():
             try:
                 worked = self.work_once()
+                unavailable = False
             except StorageError as error:
-                _log.warning("worker.queue_unavailable", extra={"reason": str(error)})
-                worked = False
+                if not unavailable:  # said once an outage
+                    _log.warning("worker.queue_unavailable", extra={"reason": str(error)})
+                worked, unavailable = False, True
             if not worked:
                 wait(self._poll_s)
 

@@ -766,6 +766,8 @@ class Archive:
         """Raise Unavailable with cause and remedy when nothing can be taken in now (readiness)."""
         self._landing.check()
         self._places.check()
+        if self._acknowledge(Origin(door="node", received_at=self._clock())) == "archive":
+            self._store.check()  # without it every sender is refused
         self._database.check()
 
     def close(self) -> None:

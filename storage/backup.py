@@ -176,7 +176,7 @@ def restore_ring(folder: Path, path: Path) -> None:
     try:
         content = (folder / "ring.json").read_bytes()
     except FileNotFoundError as error:
-        raise Unavailable(f"{folder} holds no key ring: bring the ring from where its copy is kept") from error
+        raise Unavailable(f"{folder} holds no key ring: bring the ring from where its copy is kept to {path}") from error
     except OSError as error:
         raise disk_unavailable(error, folder) from error
     if path.exists():

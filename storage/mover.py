@@ -48,7 +48,7 @@ def unobserved(_event: str, **_labels: Any) -> None:
 
 
 class Bandwidth:
-    """Spreads bytes over time: whoever took some waits until they are due. For many threads.
+    """Spreads bytes, or any other units, over time: whoever took some waits until they are due. For many threads.
 
     Parameters
     ----------
@@ -88,6 +88,9 @@ class Mover:
         brought waits a second at most for the others.
     bytes_per_s
         Bandwidth over all of them; 0: no limit.
+    processor_share
+        Part of the machine's processors that may be spent on it: what landed is safe, and a sender waits. A store far away costs little
+        of it; one on the same machine costs that much again.
     poll_s
         How often the queue is looked at.
     heartbeat_s
@@ -108,6 +111,7 @@ class Mover:
         at_once: int = 4,
         batch: int = 8,
         bytes_per_s: int = 0,
+        processor_share: float = 0.25,
         poll_s: float = 0.5,
         heartbeat_s: float = 20.0,
         owner: str = "mover",
@@ -120,6 +124,7 @@ class Mover:
         self._at_once = at_once
         self._batch = batch
         self._bandwidth = Bandwidth(bytes_per_s)
+        self._processors = Bandwidth(int(processor_share * (os.cpu_count() or 1) * 1_000_000))  # microseconds of them
         self._poll_s = poll_s
         self._heartbeat_s = heartbeat_s
         self._owner = owner
@@ -129,6 +134,7 @@ class Mover:
         self._lock = threading.Lock()
         self._failures = 0
         self._rests_until = 0.0
+        self._unavailable = False
 
     def run(self, stop: threading.Event) -> None:
         """Bring until `stop` is set; objects under way are finished first."""
@@ -186,7 +192,7 @@ class Mover:
                 self._reach("bring.claimed")
                 began = time.monotonic()
                 try:
-                    record = carriers.submit(self._archive.carry, job).result()
+                    record, spent_us = carriers.submit(self._carry, job).result()
                 except LeaseLost:
                     _log.warning("job.lease_lost", extra={"job": job.id})
                     leases.drop(job)
@@ -204,8 +210,14 @@ class Mover:
                 if began - carried[0].began > _REPORT_S:
                     self._report(carried, leases)
                     carried = []
-                stop.wait(self._bandwidth.take(record.sealed.byte_count))
+                stop.wait(max(self._bandwidth.take(record.sealed.byte_count), self._processors.take(spent_us)))
             self._report(carried, leases)
+
+    def _carry(self, job: Job) -> tuple[InstanceRecord | None, int]:
+        """In a carrier: bring one object; return its record and the microseconds of a processor that it took."""
+        before = time.thread_time_ns()
+        record = self._archive.carry(job)
+        return record, (time.thread_time_ns() - before) // 1000
 
     def _report(self, carried: Sequence[_Carried], leases: Leases) -> None:
         """End the jobs of what was carried, together; each by itself when one of them was lost."""
@@ -230,7 +242,7 @@ class Mover:
 
     def _give_back(self, job: Job) -> None:
         try:
-            self._queue.release(job, after_s=0.0, reason="the Mover stops or rests")
+            self._queue.release(job)  # the reason of the last failure stays
         except StorageError as error:  # claimed again when the lease ends
             _log.warning("job.not_released", extra={"job": job.id, "reason": str(error)})
 
@@ -259,7 +271,11 @@ class Mover:
         if self._rests():
             return False
         try:
-            return bool(self._queue.lanes(JobKind.ARCHIVE))
+            due = bool(self._queue.lanes(JobKind.ARCHIVE))
         except StorageError as error:
-            _log.warning("mover.queue_unavailable", extra={"reason": str(error)})
+            if not self._unavailable:  # said once an outage
+                _log.warning("mover.queue_unavailable", extra={"reason": str(error)})
+            self._unavailable = True
             return False
+        self._unavailable = False
+        return due
