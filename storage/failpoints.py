@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 
 VARIABLE = "DICOM_NODE_FAILPOINT"
+ONCE = "DICOM_NODE_FAILPOINT_ONCE"
 _GRAMMAR = re.compile(r"(?P<name>[a-z_.]+):(?P<nth>[1-9][0-9]*)(?::(?P<action>kill|pause))?")
 
 
@@ -27,7 +28,8 @@ def failpoint_from_environment(environ: Mapping[str, str]) -> Callable[[str], No
 
     The value is ``name:nth[:action]``: at the `nth` time (from 1, counted over all threads of the process) that ``reach(name)`` is
     called, ``kill`` (the default) ends the process by SIGKILL, as a crash would; ``pause`` writes one line to standard error
-    and sleeps until the process is killed.
+    and sleeps until the process is killed. With ``DICOM_NODE_FAILPOINT_ONCE``, the path of a file that is made then, it fires in one
+    process of all that share it: a successor that met the same work again would die for ever.
 
     Raises
     ------
@@ -41,6 +43,7 @@ def failpoint_from_environment(environ: Mapping[str, str]) -> Callable[[str], No
     if parsed is None:
         raise ValueError(f"{VARIABLE}={setting!r} is no failpoint; write name:nth or name:nth:kill or name:nth:pause, or unset it")
     armed, nth, action = parsed["name"], int(parsed["nth"]), parsed["action"] or "kill"
+    once = environ.get(ONCE, "")
     lock = threading.Lock()
     reached = 0
 
@@ -51,7 +54,7 @@ def failpoint_from_environment(environ: Mapping[str, str]) -> Callable[[str], No
         with lock:
             reached += 1
             due = reached == nth
-        if not due:
+        if not due or (once and not _first(once)):
             return
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -61,3 +64,11 @@ def failpoint_from_environment(environ: Mapping[str, str]) -> Callable[[str], No
             time.sleep(3600)
 
     return reach
+
+
+def _first(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    return True
