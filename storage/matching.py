@@ -92,7 +92,21 @@ def text(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
     """Return the condition that `column` matches `value`, in which ``*`` and ``?`` are wildcards."""
     if "*" not in value and "?" not in value:
         return column == value[:LENGTH]
+    prefix = value.rstrip("*")
+    if "*" not in prefix and "?" not in prefix:
+        # a range of texts, compared by their bytes: an index serves it however the statement was prepared
+        return and_(column >= prefix, column < after) if (after := _after(prefix)) else column >= prefix
     return column.like(pattern(value), escape="!")
+
+
+def _after(prefix: str) -> str:
+    """Return the least text that is greater than all that begin with `prefix`; empty when there is none."""
+    while prefix:
+        last = ord(prefix[-1]) + 1
+        if last <= 0x10FFFF:
+            return prefix[:-1] + chr(0xE000 if last == 0xD800 else last)  # no surrogates: they are no characters
+        prefix = prefix[:-1]
+    return ""
 
 
 def pattern(value: str) -> str:
