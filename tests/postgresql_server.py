@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+
+from tests.ports import free_port
 
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
@@ -57,8 +58,7 @@ class PostgresqlServer:
         self._bin = programs()
         self.folder = folder
         self._data = folder / "data"
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         # PostgreSQL refuses to run as root.
         self._user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
         folder.mkdir(parents=True, exist_ok=True)

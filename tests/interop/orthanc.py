@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.running_node import free_port
+from tests.ports import free_port
 
 
 def program(name: str) -> str:

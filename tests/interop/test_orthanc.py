@@ -16,7 +16,7 @@ from dicom_node.peers import Peer
 from tests.dicom_node.door import Door, draw, open_door, open_rooms, save
 from tests.dicom_node.test_scu import held
 from tests.interop.orthanc import Orthanc, running_orthanc
-from tests.system.running_node import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.peer
 

@@ -18,7 +18,8 @@ import pytest
 
 from tests.conftest import S3_KEY, S3_SECRET
 from tests.interop.orthanc import Orthanc, program, running_orthanc
-from tests.system.running_node import RunningNode, analysed, free_port, get, running_node
+from tests.ports import free_port
+from tests.system.running_node import RunningNode, analysed, get, running_node
 
 pytestmark = [pytest.mark.peer, pytest.mark.shared]
 

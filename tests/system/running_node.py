@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,15 +18,9 @@ from typing import Any
 
 from dicom_node.config import load
 from dicom_node.storehouse import Storehouse, storage
+from tests.ports import free_port
 
 START_S = 90.0
-
-
-def free_port() -> int:
-    """A TCP port that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RunningNode:

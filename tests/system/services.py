@@ -20,6 +20,7 @@ import pytest
 
 from tests.conftest import S3_KEY, S3_SECRET
 from tests.dicom_node.receiver import certificate
+from tests.ports import free_port
 from tests.postgresql_server import PostgresqlServer, started
 
 REGION = "eu-central-1"
@@ -45,8 +46,7 @@ class Service:
     """
 
     def __init__(self, command: list[str], log: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._command = [word.format(port=self.port) for word in command]
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
