@@ -19,7 +19,6 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from urllib3.exceptions import HTTPError
 
 from storage.errors import StorageError, Unavailable
-from storage.s3_wire import Wire
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 
@@ -189,7 +188,6 @@ class S3Client:
         self._renewing = threading.Lock()
         self._renewed_at = float("-inf")
         self._client = self._connect()
-        self._wire = Wire.of(self._client, bucket)
 
     def _connect(self) -> Any:
         return boto3.session.Session().client("s3", **self._options)
@@ -228,16 +226,13 @@ class S3Client:
             The disk did not give the body.
         """
         attempt = 0
-        answer: dict[str, Any] | None
         while True:
-            client, wire = self._client, self._wire
+            client = self._client
             try:
                 if body is not None:
                     arguments["Body"] = body.whole() if not attempt and len(body) <= SMALL else body
                     body.seek(0)
-                answer = wire.send(operation, arguments) if wire is not None else None
-                if answer is None:
-                    answer = getattr(client, operation)(Bucket=self.bucket, **arguments)
+                answer: dict[str, Any] = getattr(client, operation)(Bucket=self.bucket, **arguments)
             except (*BROKEN_OFF, ClientError) as error:
                 if body is not None and body.failure is not None:
                     raise body.failure from error
@@ -281,7 +276,6 @@ class S3Client:
                 return False
             self._renewed_at = now
             self._client = self._connect()
-            self._wire = Wire.of(self._client, self.bucket)
         _log.warning("store.credentials.renewed", extra={"bucket": self.bucket})
         return True
 
