@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ports import free_port
+
 KEY, SECRET = "bench-access-key", "bench-secret-key-of-length"
 
 
@@ -29,8 +31,7 @@ def s3_service(folder: Path) -> Iterator[str]:
     if program is None:
         raise RuntimeError("rclone is missing: it comes with requirements/dev.txt")
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [program, "serve", "s3", "--config", os.devnull, "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
     # 0s would make it spin
     command += ["--vfs-cache-mode", "off", "--dir-cache-time", "10ms"]

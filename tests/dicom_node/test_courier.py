@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from storage.leases import Leases
 from storage.records import Job, JobKind, JobState, NewJob, Origin
 from tests.dicom_node.door import Door, Rooms, draw, encoded, open_door, open_rooms
 from tests.dicom_node.scripted_peer import EXPLICIT
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -41,8 +41,7 @@ def pacs(tmp_path: Path) -> Iterator[Door]:
 
 def closed_port() -> int:
     """A port where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def archived(house: Rooms, *lanes: str, data_set: Dataset | None = None) -> tuple[str, bytes]:

@@ -23,6 +23,7 @@ from storage.errors import IntegrityError, StorageError
 from storage.records import Summary
 from tests.dicom_node.door import SECONDARY_CAPTURE, Door, Rooms, draw, encoded, open_door, open_rooms
 from tests.dicom_node.scripted_peer import EXPLICIT, IMPLICIT, command, element, elements_of, even, item, pdu, pdv, us
+from tests.ports import free_port
 
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 JPEG = "1.2.840.10008.1.2.4.50"
@@ -274,8 +275,7 @@ def test_no_accepted_context_is_refused_by_name(scu: StorageSCU, syntax: str) ->
 
 def test_unreachable_peers(scu: StorageSCU, door: Door) -> None:
     """No connection, no address, no such host, a rejection: PeerUnreachable, to be retried, each with its remedy (fault 34)."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        closed = probe.getsockname()[1]
+    closed = free_port()
     for peer, words in (
         (peer_at(closed), "did not answer"),
         (Peer("nowhere", "X", "*"), "has no address"),

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from storage.database import Database
 from storage.failpoints import VARIABLE, failpoint_from_environment
 from storage.records import AuditEvent
 from tests.dicom_node.receiver import Posted, Receiver, certificate
+from tests.ports import free_port
 from tests.storage.support import open_database
 
 SECRET = "a" * 16 + "secret-of-the-tests"
@@ -428,8 +428,7 @@ def program(text: str, folder: Path, **environment: str) -> Iterator[subprocess.
 def test_the_receiver_of_the_page_works(database: Database, tmp_path: Path) -> None:
     """It does the work of a genuine request, and answers 401 to one with another secret."""
     cursors = changed(database, 3)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with program(code(1), tmp_path, PORT=str(port), SECRET=SECRET) as process:
         assert process.stdout is not None
         url = f"http://127.0.0.1:{port}/"

@@ -18,6 +18,7 @@ from storage.database import Clock, utc_now
 from storage.failpoints import unarmed
 from storage.objects import ObjectStore
 from storage.s3 import S3Store
+from tests.ports import free_port
 from tests.storage.house import House, build
 
 Kind = Literal["directory", "archive", "land"]
@@ -82,8 +83,7 @@ def site(kind: Kind, folder: Path, *, rotates: bool = False) -> Iterator[Site]:
     buckets = folder / "buckets"
     buckets.mkdir()
     beside = Path(sys.executable).with_name("rclone")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         str(beside) if beside.exists() else "rclone", "serve", "s3", "--config", os.devnull, "--addr", f"127.0.0.1:{port}",
         "--auth-key", f"{S3_KEY},{S3_SECRET}", "--vfs-cache-mode", "off", "--dir-cache-time", "10ms", str(buckets),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from dicom_node.peers import Peer
 from storage.part10 import Part10Parser
 from tests.dicom_node.door import Door, Rooms, draw, encoded, open_door, open_rooms, save
 from tests.dicom_node.test_scu import held
+from tests.ports import free_port
 
 pytestmark = pytest.mark.peer
 
@@ -172,8 +172,7 @@ def storescp(tmp_path: Path) -> Iterator[tuple[Peer, Path]]:
     """DCMTK's storescp, writing what it receives bit for bit."""
     folder = tmp_path / "received"
     folder.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [tool("storescp"), "-aet", "STORESCP", "+xa", "+B", "-od", str(folder), str(port)], stderr=subprocess.DEVNULL
     )

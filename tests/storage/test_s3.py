@@ -29,6 +29,7 @@ from storage.objects import relative_path
 from storage.records import SealedObject
 from storage.s3 import S3Store
 from tests.faults.lying_s3 import SLOW_DOWN, LyingS3
+from tests.ports import free_port
 from tests.storage.moto_service import client_of, moto_server, new_bucket
 
 MEBIBYTE = 1 << 20
@@ -443,8 +444,7 @@ def tls_service(authority: Authority, folder: Path) -> Iterator[str]:
     """Run ``rclone serve s3`` over TLS with one bucket; yield ``127.0.0.1:port``."""
     rclone = Path(sys.executable).with_name("rclone")
     (folder / "bucket").mkdir(parents=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [
             str(rclone if rclone.exists() else shutil.which("rclone")),
