@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 
+from dicom_node import config_faults
+
 _LISTS = frozenset({"peers", "routes", "webhooks"})
 ENVIRONMENT_PREFIX = "DICOM_NODE_"
 ALIASES: Mapping[str, tuple[str, str]] = {"DICOM_AET": ("dimse", "ae_title"), "DICOM_PORT": ("dimse", "port")}
@@ -336,14 +338,15 @@ def _incoherences(settings: Settings) -> list[str]:
             "put an authenticating TLS proxy in front and set dicomweb.trusted_proxy = true, or listen on 127.0.0.1"
         )
     for index, route in enumerate(settings.routes):
+        where = config_faults.entry("routes", index)
         if route.from_ not in {"*", "dicomweb", *names}:
-            faults.append(f"routes.{index}.from: no peer is called {route.from_!r}; known: {', '.join(names) or 'none'}, dicomweb, *")
+            faults.append(f"{where}, from: no peer is called {route.from_!r}; known: {', '.join(names) or 'none'}, dicomweb, *")
         for target in route.to:
             peer = next((peer for peer in settings.peers if peer.name == target), None)
             if peer is None:
-                faults.append(f"routes.{index}.to: no peer is called {target!r}; known: {', '.join(names) or 'none'}")
+                faults.append(f"{where}, to: no peer is called {target!r}; known: {', '.join(names) or 'none'}")
             elif peer.host == "*" or not peer.port:
-                faults.append(f"routes.{index}.to: peer {target!r} has no host and port to deliver to; add both")
+                faults.append(f"{where}, to: peer {target!r} has no host and port to deliver to; add both")
     if settings.archive.store == "s3" and not settings.archive.bucket:
         faults.append('archive.bucket: store = "s3" needs the name of a bucket')
     faults += [f"archive.tags: {tag!r} is not name=value" for tag in settings.archive.tags if not re.fullmatch(r"[^=]+=[^=]*", tag)]
@@ -357,29 +360,31 @@ def _incoherences(settings: Settings) -> list[str]:
     for name in sorted({name for name in hooks if hooks.count(name) > 1}):
         faults.append(f"webhooks: the name {name!r} stands twice; give each subscriber a name of its own")
     for index, hook in enumerate(settings.webhooks):
+        where = config_faults.entry("webhooks", index, {"name": hook.name})
         if not hook.secrets or any(len(secret.get_secret_value()) < 32 for secret in hook.secrets):
-            faults.append(f"webhooks.{index}.secrets: give one or two secrets of at least 32 characters")
+            faults.append(f"{where}, secrets: give one or two secrets of at least 32 characters")
         if hook.url.startswith("http://") and not is_loopback(urlsplit(hook.url).hostname or ""):
-            faults.append(f"webhooks.{index}.url: what is not this machine needs https")
+            faults.append(f"{where}, url: what is not this machine needs https")
     return faults
 
 
-def _environment_overrides(environ: Mapping[str, str], faults: list[str]) -> dict[str, dict[str, Any]]:
+def _environment_overrides(environ: Mapping[str, str], faults: list[str], sources: dict[tuple[str, str], str]) -> dict[str, dict[str, Any]]:
     overrides: dict[str, dict[str, Any]] = {}
 
     def put(section: str, key: str, value: str, source: str) -> None:
         model = Settings.model_fields.get(section)
         if model is None or section in _LISTS:
             faults.append(
-                f"{source}: no section {section!r}; sections that the environment can set: "
+                f"{source}: no section {section!r}{config_faults.nearest(section, Settings.model_fields)}; sections that the environment can set: "
                 + ", ".join(name for name in Settings.model_fields if name not in _LISTS)
             )
             return
         known = model.annotation.model_fields if model.annotation is not None else {}
         if key not in known:
-            faults.append(f"{source}: section [{section}] has no key {key!r}; known: {', '.join(known)}")
+            faults.append(f"{source}: section [{section}] has no key {key!r}{config_faults.nearest(key, known)}; known: {', '.join(known)}")
             return
         listed = "tuple" in str(known[key].annotation)
+        sources[section, key] = source
         overrides.setdefault(section, {})[key] = tuple(filter(None, (item.strip() for item in value.split(",")))) if listed else value
 
     for name, (section, key) in ALIASES.items():
@@ -427,34 +432,22 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
         except OSError as error:
             raise ConfigurationError([f"{path}: cannot be read ({error.strerror}); name an existing file with --config"]) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigurationError([f"{path}: not valid TOML: {error}"]) from error
-    for section, values in _environment_overrides(environ, faults).items():
+            raise ConfigurationError([config_faults.unreadable(path, error)]) from error
+    sources: dict[tuple[str, str], str] = {}
+    for section, values in _environment_overrides(environ, faults, sources).items():
         under = table.setdefault(section, {})
         if isinstance(under, dict):
             under.update(values)
     try:
         settings = Settings.model_validate(table)
     except ValidationError as error:
-        faults.extend(_plain(fault) for fault in error.errors())
+        faults.extend(config_faults.sentence(fault, Settings, table, sources) for fault in error.errors())
     except ConfigurationError as error:
         faults.extend(error.faults)
     else:
         if not faults:
             return settings
     raise ConfigurationError(faults)
-
-
-def _plain(fault: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        parent = fault["loc"][0] if len(fault["loc"]) > 1 else None
-        model = Settings.model_fields[str(parent)].annotation if parent in Settings.model_fields else Settings
-        fields = getattr(model, "model_fields", None)
-        known = f"; known: {', '.join(fields)}" if fields else ""
-        return f"{where}: there is no such key{known}"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    given = "" if fault["type"] == "missing" else f" (given: {fault.get('input')!r})"
-    return f"{where}: {message}{given}"
 
 
 def _default_of(value: Any) -> str:
