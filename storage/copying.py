@@ -21,9 +21,12 @@ from sqlalchemy import BigInteger, Row, Table, delete, func, insert, select, tex
 # All that have tables: METADATA has to be whole.
 import storage.audit
 import storage.changes
+import storage.commitments
 import storage.duties
 import storage.holds
+import storage.known_peers
 import storage.nodes
+import storage.refusals
 import storage.study_keys
 import storage.tables
 import storage.work

@@ -1,4 +1,4 @@
-"""The DIMSE door: accepts associations, answers C-ECHO, and streams C-STORE data sets into the archive.
+"""The DIMSE door: accepts associations, answers C-ECHO, streams C-STORE data sets into the archive, and hands other requests to services.
 
 References
 ----------
@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +39,7 @@ from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from storage.records import Announced, Origin
 
 if TYPE_CHECKING:
+    from dicom_node.dimse.services import Service
     from storage.archive import Archive, Intake
 
 log = structlog.get_logger(__name__)
@@ -103,6 +104,8 @@ class StorageSCP:
         Limits on one association.
     message_bytes
         Most bytes of one data set, stored or refused, before the association is aborted.
+    services
+        What else is answered: query, retrieve, storage commitment.
     observe
         Told what happens, for metrics: ``observe(event, **labels)``. Events: ``association.accepted`` (peer),
         ``association.rejected`` (reason), ``association.violation`` (reason), ``association.failed``, ``association.ended`` (peer),
@@ -122,9 +125,11 @@ class StorageSCP:
         unknown_sop_classes: bool = True,
         limits: ReceiveLimits | None = None,
         message_bytes: int = 2 * 1024**3 + 64 * 1024**2,
+        services: Sequence[Service] = (),
         observe: Callable[..., None] = unobserved,
     ) -> None:
         quiet()
+        self._services = {abstract_syntax: service for service in services for abstract_syntax in service.abstract_syntaxes}
         self._archive = archive
         self._peers = peers
         self._address = (host, port)
@@ -215,18 +220,32 @@ class StorageSCP:
         association.peer = peer
         return None
 
-    def supported(self, proposed: list[PresentationContext]) -> list[PresentationContext]:
+    def supported(self, proposed: list[PresentationContext], peer: Peer | None) -> list[PresentationContext]:
         """Return what to support of the proposed contexts: each storage class, with every syntax that can be stored, retired ones too.
 
         In the proposer's order: the library takes the acceptor's first syntax that was proposed, thus the proposer's own first choice.
         """
         wanted: dict[str, list[str]] = {}
+        served = {syntax: service for syntax, service in self._services.items() if service.permitted(peer)}
         for context in proposed:
             abstract_syntax = str(context.abstract_syntax)
-            if is_storage(abstract_syntax, unknown=self._unknown_sop_classes):
-                wanted.setdefault(abstract_syntax, []).extend(syntax for syntax in context.transfer_syntax if syntax in TRANSFER_SYNTAXES)
+            if abstract_syntax in served:
+                known: Container[str] = served[abstract_syntax].abstract_syntaxes[abstract_syntax]
+            elif is_storage(abstract_syntax, unknown=self._unknown_sop_classes):
+                known = TRANSFER_SYNTAXES
+            else:
+                continue
+            wanted.setdefault(abstract_syntax, []).extend(syntax for syntax in context.transfer_syntax if syntax in known)
         supported = [build_context(abstract, list(dict.fromkeys(syntaxes))) for abstract, syntaxes in wanted.items() if syntaxes]
+        if any(service.sends_instances for service in served.values()):
+            for context in supported:
+                if context.abstract_syntax not in served:
+                    context.scu_role = context.scp_role = True
         return [build_context(VERIFICATION, DEFAULT_TRANSFER_SYNTAXES), *supported]
+
+    def service_of(self, context: PresentationContext) -> Service | None:
+        """Return what answers requests in a context; None: pynetdicom does."""
+        return self._services.get(str(context.abstract_syntax))
 
     def begin_store(self, association: AcceptedAssociation, context: PresentationContext, request: StoreRequest) -> StoreReception:
         """Open the intake for a C-STORE-RQ."""
@@ -302,7 +321,7 @@ class AdmittingACSE(ACSE):
         name = self.assoc.peer.name if self.assoc.peer is not None else ""
         log.info("association.accepted", peer=name, address=self.assoc.address, **titles)
         self.assoc.door.observe("association.accepted", peer=name)
-        self.acceptor.supported_contexts = self.assoc.door.supported(request.presentation_context_definition_list)
+        self.acceptor.supported_contexts = self.assoc.door.supported(request.presentation_context_definition_list, self.assoc.peer)
         super()._negotiate_as_acceptor()
 
 
@@ -362,6 +381,21 @@ class AcceptedAssociation(Association):
             self.dul.join()
             self._connection.close()  # the library leaves it open when the peer was the first to go
             self.door.ended(self)
+
+    def _serve_request(self, msg: Any, context_id: int) -> None:
+        """Let the service of the context answer; pynetdicom what has none (C-ECHO)."""
+        context = self._accepted_cx.get(context_id)
+        service = None if context is None else self.door.service_of(context)
+        if context is None or service is None or not msg.is_valid_request:
+            super()._serve_request(msg, context_id)
+            return
+        self.dimse.cancel_req.clear()
+        try:
+            service.serve(self, context, msg)
+        except Exception:  # an edge: a fault of ours ends this association and no more
+            log.exception("service.failed", service=type(service).__name__)
+            self.abort(block=False)
+        self.dimse.cancel_req.clear()
 
     def origin(self) -> Origin:
         """Say who sent what arrives now."""
