@@ -375,8 +375,8 @@ def _environment_overrides(environ: Mapping[str, str], faults: list[str], source
         model = Settings.model_fields.get(section)
         if model is None or section in _LISTS:
             faults.append(
-                f"{source}: no section {section!r}{config_faults.nearest(section, Settings.model_fields)}; sections that the environment can set: "
-                + ", ".join(name for name in Settings.model_fields if name not in _LISTS)
+                f"{source}: no section {section!r}{config_faults.nearest(section, Settings.model_fields)}; "
+                "sections that the environment can set: " + ", ".join(name for name in Settings.model_fields if name not in _LISTS)
             )
             return
         known = model.annotation.model_fields if model.annotation is not None else {}

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from dicom_node.dimse.comment import in_brief
+
 C_STORE_RQ = 0x0001
 C_STORE_RSP = 0x8001
 NO_DATA_SET = 0x0101
@@ -32,8 +34,6 @@ COMMAND_DATA_SET_TYPE = 0x0800
 STATUS = 0x0900
 ERROR_COMMENT = 0x0902
 AFFECTED_SOP_INSTANCE_UID = 0x1000
-
-_COMMENT_LENGTH = 64  # VR LO
 
 
 class ProtocolViolation(Exception):
@@ -139,9 +139,9 @@ def ui(value: str) -> bytes:
 
 
 def comment(text: str) -> bytes:
-    """Encode an Error Comment (LO): at most 64 characters, printable ASCII, no backslash, padded with a space."""
-    printable = "".join(character if " " <= character <= "~" and character != "\\" else "?" for character in text)
-    encoded = printable[:_COMMENT_LENGTH].strip().encode("ascii")
+    """Encode an Error Comment (LO): the essence in 64 characters, printable ASCII, no backslash, padded with a space."""
+    printable = "".join(character if " " <= character <= "~" and character != "\\" else "?" for character in in_brief(text))
+    encoded = printable.strip().encode("ascii")
     return encoded + b" " * (len(encoded) % 2)
 
 
