@@ -13,7 +13,7 @@ from rich.text import Text
 from dicom_node import config
 from dicom_node.cli_archive import backup, duties, erase, hold_app, migrate, nodes, quarantine_app, reindex, restore, retention
 from dicom_node.cli_keys import keys_app
-from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, progress_bar, settings_of
+from dicom_node.console import ConfigOption, command_line, err, fail, faults_as_sentences, out, progress_bar, runnable, settings_of
 from dicom_node.errors import StartError
 from storage.records import AuditEvent, JobKind
 
@@ -48,7 +48,7 @@ def serve(
                 raise fail(*error.faults) from error
             # Under the supervisor this is a log line among others.
             for fault in error.faults:
-                structlog.get_logger().error("process.cannot_start", reason=fault)
+                structlog.get_logger().error("process.cannot_start", reason=runnable(fault))
             raise typer.Exit(1) from error
 
 
@@ -62,7 +62,7 @@ def check(config_file: ConfigOption = None) -> None:
         failed = 0
         for finding in findings(settings):
             mark, style = ("ok", "green") if finding.passed else ("no", "bold red")
-            out.print(Text(f"{mark:>3}  ", style=style) + Text(f"{finding.subject}: ", style="bold") + Text(finding.text))
+            out.print(Text(f"{mark:>3}  ", style=style) + Text(f"{finding.subject}: ", style="bold") + Text(runnable(finding.text)))
             failed += not finding.passed
         if failed:
             raise fail(f"{failed} of the checks failed; the lines marked 'no' say what to do")
@@ -146,7 +146,7 @@ def send(
         if refused:
             raise fail(f"{refused} of {len(answers)} were not stored")
         if answers and to is None:
-            err.print(f"Where is it?  dicom-node trace {answers[0].sop_instance_uid}", style="dim")
+            err.print(f"Where is it?  {command_line(f'trace {answers[0].sop_instance_uid}', config_file)}", style="dim")
 
 
 @app.command()
@@ -164,7 +164,7 @@ def trace(
             typer.echo(json.dumps(found, indent=2, default=str))
             return
         for line in tracing.lines(found):
-            typer.echo(line)
+            typer.echo(runnable(line))
 
 
 @app.command()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
@@ -18,21 +22,54 @@ from dicom_node.config import ConfigurationError, Settings
 from dicom_node.errors import StartError
 from storage.errors import StorageError
 
+_CONFIG_FILE: ContextVar[Path | None] = ContextVar("config_file", default=None)
+"""What the command under way was given by --config."""
+
+
+def _remember(path: Path | None) -> Path | None:
+    _CONFIG_FILE.set(path)
+    return path
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", help="The configuration file; default: $DICOM_NODE_CONFIG, else the built-in defaults.", show_default=False
+        "--config",
+        "-c",
+        help="The configuration file; default: $DICOM_NODE_CONFIG, else the built-in defaults.",
+        show_default=False,
+        callback=_remember,
     ),
 ]
+
+_COMMAND = re.compile(r"`dicom-node ([^`]+)`")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def runnable(text: str) -> str:
+    """Return `text` with every command in backticks as the user would have to type it: this program, and this configuration.
+
+    The hints of our sentences name commands in short, ```dicom-node keys list```; one typed like that would look at the default
+    configuration, where the user's own command was given another by ``--config``.
+    """
+    return _COMMAND.sub(lambda found: f"`{command_line(found[1], _CONFIG_FILE.get())}`", text)
+
+
+def command_line(arguments: str, config_file: Path | None) -> str:
+    """Return a command of this program as the user would have to type it."""
+    program = sys.argv[0]
+    if not program.endswith("/dicom-node") or shutil.which("dicom-node") == program:
+        program = "dicom-node"
+    given = f" --config {shlex.quote(str(config_file))}" if config_file is not None and "--config" not in arguments else ""
+    return f"{program} {arguments}{given}"
+
+
 def fail(*messages: str) -> typer.Exit:
     """Say what is wrong and leave with status 1."""
     for message in messages:
-        err.print(Text("error: ", style="bold red") + Text(message))
+        err.print(Text("error: ", style="bold red") + Text(runnable(message)))
     return typer.Exit(1)
 
 

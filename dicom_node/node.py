@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from dicom_node.config import Settings
+from dicom_node.console import command_line
 from dicom_node.errors import StartError
 from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
@@ -273,7 +274,7 @@ def _supervise(settings: Settings, config_file: Path | None, parts: Storehouse, 
         )
         admin.start()
     try:
-        supervisor.run(stop, drain_s=settings.node.drain_s, on_ready=lambda: _say_ready(settings))
+        supervisor.run(stop, drain_s=settings.node.drain_s, on_ready=lambda: _say_ready(settings, config_file))
     finally:
         if admin is not None:
             admin.stop()
@@ -305,15 +306,12 @@ def _gauges(settings: Settings, supervisor: Supervisor, parts: Storehouse) -> It
         yield "dicom_node_oldest_ready_seconds", "Age of the oldest job that waits.", {"kind": str(kind)}, age
 
 
-def _say_ready(settings: Settings) -> None:
+def _say_ready(settings: Settings, config_file: Path | None) -> None:
     log.info("node.ready")
-    command = sys.argv[0] if os.sep in sys.argv[0] else "dicom-node"
-    if command.endswith("__main__.py"):
-        command = "dicom-node"
-    lines = ["", "The node is ready. Send a first image from a second terminal:", f"    {command} send --demo"]
+    lines = ["", "The node is ready. Send a first image from a second terminal:", f"    {command_line('send --demo', config_file)}"]
     if settings.dimse.enabled:
         lines.append(f"    storescu -R -xy -aec {settings.dimse.ae_title} {settings.dimse.host} {settings.dimse.port} FILE.dcm")
-    lines += ["and ask where it is:", f"    {command} trace UID", ""]
+    lines += ["and ask where it is:", f"    {command_line('trace UID', config_file)}", ""]
     if settings.dicomweb.enabled:
         lines.append(f"DICOMweb: http://{settings.dicomweb.host}:{settings.dicomweb.port}{settings.dicomweb.base_path}")
     if settings.admin.enabled:

@@ -94,7 +94,7 @@ def _job(job: Told) -> Iterator[str]:
     if job["reason"]:
         yield f"      last attempt: {job['reason']}"
     if job["state"] == "dead":
-        yield f"      again with: dicom-node requeue {job['id']}"
+        yield f"      again with: `dicom-node requeue {job['id']}`"
     for name, version in dict(result.get("models", {})).items():
         short, _, digest = str(version).partition(" sha256:")
         yield f"      model {name} {short} ({digest[:12]})"
@@ -110,7 +110,7 @@ def _delivery(job: Told) -> str:
         text += f", again at {_moment(job['available_at'])}"
     if job["reason"]:
         text += f": {job['reason']}"
-    return text + (f"; again with: dicom-node requeue {job['id']}" if job["state"] == "dead" else "")
+    return text + (f"; again with: `dicom-node requeue {job['id']}`" if job["state"] == "dead" else "")
 
 
 def _received(received: Told) -> str:
