@@ -12,6 +12,7 @@ from storage.index import QuarantinedInstance
 from storage.records import InstanceRecord
 
 Told = Mapping[str, Any]
+HEADINGS = {"none": "not archived:", "erased": "erased:"}
 STATES = {"ready": "waits", "claimed": "under way", "done": "done", "dead": "given up"}
 DOORS = {"dimse": "C-STORE", "dicomweb": "STOW-RS", "node": "made here"}
 
@@ -19,7 +20,9 @@ DOORS = {"dimse": "C-STORE", "dicomweb": "STOW-RS", "node": "made here"}
 def lines(found: Told) -> Iterator[str]:
     """Lay out what `Archive.trace` returned; `--json` shows all of it."""
     if found["level"] != "instance":
-        yield f"{found['level']} {found['uid']}"
+        yield f"{HEADINGS.get(found['level'], found['level'])} {found['uid']}"
+    if found["erased"]:
+        yield from _erased(found)
     for instance in found["instances"]:
         yield from _instance(instance)
     for kept in found["quarantined"]:
@@ -28,6 +31,16 @@ def lines(found: Told) -> Iterator[str]:
     if not found["instances"]:
         for event in found["audit"]:
             yield f"  {_moment(event['at'])}  {event['action']}: {event['outcome']} ({event['actor']})"
+
+
+def _erased(found: Told) -> Iterator[str]:
+    erased = found["erased"]
+    study = "" if erased["study_instance_uid"] == found["uid"] else f" with its study {erased['study_instance_uid']}"
+    count = f"{erased['instances']} instance{'s' if erased['instances'] != 1 else ''}"
+    yield f"  erased    {_moment(erased['at'])} by {erased['actor']}{study}, {count}; its keys are destroyed"
+    yield f"    reason    {erased['reason'] or 'none was given'}"
+    if found["instances"]:
+        yield "  what follows was received after that"
 
 
 def quarantined(one: QuarantinedInstance) -> Iterator[str]:
@@ -68,7 +81,10 @@ def _instance(instance: Told) -> Iterator[str]:
     yield f"    received  {_received(instance['received'])}"
     yield f"    sealed    object {instance['object']['key']} under study key {instance['object']['key_id']}"
     if instance["object"]["landed_on"]:
-        yield f"    lies on   the disk of node {instance['object']['landed_on']}, whose mover brings it into the store"
+        bringing = [job["state"] for job in instance["jobs"] if job["kind"] == "archive"]
+        lost = bringing and set(bringing) == {"dead"}
+        what = "to store below says why it is not brought" if lost else "whose mover brings it into the store"
+        yield f"    lies on   the disk of node {instance['object']['landed_on']}{', lost or damaged: ' if lost else ', '}{what}"
     yield f"    digest    {instance['digest']} (SHA-256 of the data set as received)"
     for job in instance["jobs"]:
         yield from _job(job)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def trace(uid: str, *, index: Index, queue: WorkQueue, audit: AuditTrail) -> dict[str, Any]:
     """Return the history of an instance, series or study.
 
-    ``level`` is instance, series, study, or none for a UID that was only ever refused or kept aside. ``instances`` holds for each
+    ``level`` is instance, series, study, erased for a study or an instance that was here and is no more, or none for a UID that was only
+    ever refused or kept aside. ``erased`` is None, or says of the last erasure of the study: ``study_instance_uid``, ``at``, ``actor``,
+    ``reason``, ``instances`` (how many went); with instances, they came again afterwards. ``instances`` holds for each
     received instance: identity, ``received`` (from whom, when, by which door), ``digest``, ``object`` (key, key id, sealed digest),
     ``jobs`` (states, attempts, reasons, results), ``reports`` (kind, models, their objects, and ``deliveries`` with proof) and ``audit``.
     A report stands under its source; asked by its own UID it stands alone, with ``source_sop_instance_uid``.
@@ -35,6 +37,9 @@ def trace(uid: str, *, index: Index, queue: WorkQueue, audit: AuditTrail) -> dic
         if uid in (kept.record.summary.sop_instance_uid, kept.record.summary.series_instance_uid, kept.record.summary.study_instance_uid)
     ]
     own_events = [] if level == "instance" else _events(uid, audit)
+    erased = _erased(uid if level in ("study", "none") else "", own_events, audit)
+    if erased is not None and level == "none" and not quarantined:
+        level = "erased"
     if not records and not quarantined and not own_events:
         raise InstanceNotFound("no study, series or instance of this UID was ever received here")
     by_uid = {record.summary.sop_instance_uid: record for record in records}
@@ -52,7 +57,15 @@ def trace(uid: str, *, index: Index, queue: WorkQueue, audit: AuditTrail) -> dic
         for record in records
         if record.role == "report" and level != "instance" and record.summary.sop_instance_uid not in under_source
     ]
-    return {"uid": uid, "level": level, "instances": instances, "quarantined": quarantined, "audit": own_events, "archived": len(by_uid)}
+    return {
+        "uid": uid,
+        "level": level,
+        "instances": instances,
+        "quarantined": quarantined,
+        "erased": erased,
+        "audit": own_events,
+        "archived": len(by_uid),
+    }
 
 
 def _records(uid: str, index: Index) -> tuple[str, list[InstanceRecord]]:
@@ -71,6 +84,20 @@ def _records(uid: str, index: Index) -> tuple[str, list[InstanceRecord]]:
     for match in found:
         records += index.instances(match.attributes["StudyInstanceUID"][0], uid)
     return "series", records
+
+
+def _erased(uid: str, events: list[dict[str, Any]], audit: AuditTrail) -> dict[str, Any] | None:
+    """Tell of the erasure of a study, or of the one that an instance was of: its arrival names the study."""
+    if not uid:
+        return None
+    named = [uid, *reversed([str(event["detail"]["study_instance_uid"]) for event in events if event["detail"].get("study_instance_uid")])]
+    for study in dict.fromkeys(named):
+        for event in reversed(events if study == uid else _events(study, audit)):
+            if event["action"] == "study.erased":
+                detail = event["detail"]
+                told = {"reason": detail.get("reason", ""), "instances": detail.get("instances", 0)}
+                return {"study_instance_uid": study, "at": event["at"], "actor": event["actor"], **told}
+    return None
 
 
 def _instance(record: InstanceRecord, index: Index, queue: WorkQueue, audit: AuditTrail) -> dict[str, Any]:
