@@ -16,15 +16,17 @@ from typing import Any, BinaryIO, Final, Literal
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, SSLError
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from storage.errors import StorageError, Unavailable
+from storage.s3_wire import Elsewhere, Wire
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 
 SMALL: Final = (1 << 20) + (64 << 10)
 """Bytes that may be in memory at once for one request or one open object: an instance of usual size."""
-BROKEN_OFF = (BotoCoreError, HTTPError, OSError)
+BROKEN_OFF = (BotoCoreError, ResponseParserError, HTTPError, OSError)
 """What a connection raises; botocore translates most, but not all, of what lies under it."""
 
 _log = logging.getLogger(__name__)
@@ -187,10 +189,12 @@ class S3Client:
         }
         self._renewing = threading.Lock()
         self._renewed_at = float("-inf")
-        self._client = self._connect()
+        self._client, self._wire = self._connect()
 
-    def _connect(self) -> Any:
-        return boto3.session.Session().client("s3", **self._options)
+    def _connect(self) -> tuple[Any, Wire | None]:
+        session = boto3.session.Session()
+        client: Any = session.client("s3", **self._options)
+        return client, Wire.of(client, session.get_credentials(), self.bucket)
 
     def call(
         self,
@@ -232,7 +236,7 @@ class S3Client:
                 if body is not None:
                     arguments["Body"] = body.whole() if not attempt and len(body) <= SMALL else body
                     body.seek(0)
-                answer: dict[str, Any] = getattr(client, operation)(Bucket=self.bucket, **arguments)
+                answer = self._send(client, operation, arguments)
             except (*BROKEN_OFF, ClientError) as error:
                 if body is not None and body.failure is not None:
                     raise body.failure from error
@@ -247,6 +251,26 @@ class S3Client:
                     raise self.unavailable(error, doing, "no answer before the deadline; the last was ") from error
             else:
                 return answer
+
+    def _send(self, client: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Send one request once: by the short way, where there is one for it."""
+        wire = self._wire
+        answer: dict[str, Any] | None = None
+        if wire is not None:
+            try:
+                answer = wire.send(operation, arguments)
+            except Elsewhere as elsewhere:
+                self._leave_wire(client, str(elsewhere))
+        if answer is None:
+            answer = dict(getattr(client, operation)(Bucket=self.bucket, **arguments))
+        return answer
+
+    def _leave_wire(self, client: Any, code: str) -> None:
+        """Leave everything to `client` from now on, which follows redirections and remembers them."""
+        with self._renewing:
+            if client is self._client:
+                self._wire = None
+        _log.warning("store.redirected", extra={"bucket": self.bucket, "reason": code, "remedy": "set [archive] region to the bucket's"})
 
     def pause(self, attempt: int, deadline: Deadline, least_s: float = 0.0) -> bool:
         """Wait before the try after the `attempt`-th; False, at once, when the deadline would pass meanwhile."""
@@ -275,7 +299,7 @@ class S3Client:
             if now - self._renewed_at < _RENEW_EVERY_S:
                 return False
             self._renewed_at = now
-            self._client = self._connect()
+            self._client, self._wire = self._connect()
         _log.warning("store.credentials.renewed", extra={"bucket": self.bucket})
         return True
 
