@@ -101,7 +101,7 @@ def back_up(
         Database, store or disk; the backup that was there stays good.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(folder)
         moment = clock().astimezone(UTC)
         made = BackedUp(moment, f"index-{moment:%Y%m%dT%H%M%SZ}.db")
         _copy_out(folder, made.database, database, ring, progress)
@@ -206,6 +206,16 @@ def newest(folder: Path) -> dict[str, Any]:
 
 
 # --- out ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(one for one in (folder, *folder.parents) if one.exists())
+        raise Unavailable(
+            f"{file} is a file, and a backup is a folder; nothing was written. Name a new folder, or the one of an earlier backup"
+        ) from error
 
 
 def _copy_out(folder: Path, name: str, database: Database, ring: Ring, progress: Progress) -> None:

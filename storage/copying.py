@@ -31,6 +31,7 @@ import storage.study_keys
 import storage.tables
 import storage.work
 from storage.database import METADATA
+from storage.database_name import name_of
 from storage.errors import IntegrityError, Unavailable
 
 if TYPE_CHECKING:
@@ -101,7 +102,15 @@ def _clear(connection: Connection, unfinished: bool) -> None:
         for table in METADATA.sorted_tables:
             rows = select(func.count()).select_from(table)
             if connection.execute(rows if table is not _HEAD else rows.where(_HEAD.c.seq > 0)).scalar():
-                raise Unavailable(f"the target is not empty (table {table.name}): name a database that was never used")
+                empty = (
+                    "move the file aside (keep it) and repeat"
+                    if connection.dialect.name == "sqlite"
+                    else "name a database that was never used (createdb makes one)"
+                )
+                raise Unavailable(
+                    f"{name_of(connection)} is not empty (table {table.name}), and nothing was copied: it holds an index already. If an "
+                    f"earlier run filled it, that is done: start the node with the configuration that names it. Otherwise {empty}"
+                )
     for table in reversed(METADATA.sorted_tables):
         connection.execute(delete(table))
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import BigInteger, Column, Integer, MetaData, Row, Table, Text, bindparam, exists, func, insert, inspect, select, update
 
 from storage.database import from_micros, to_micros
+from storage.database_name import name_of
 from storage.errors import InstanceNotFound, IntegrityError, Unavailable
 from storage.failpoints import unarmed
 from storage.intake import footer_to_record, record_to_footer
@@ -170,8 +171,11 @@ class Reindex:
                 return
             for table in (INSTANCES, QUARANTINE, STUDIES):
                 if connection.execute(select(table.c.id).limit(1)).first() is not None:
+                    sqlite = connection.dialect.name == "sqlite"
+                    remedy = "move that file aside" if sqlite else "name an empty database in database.url"
                     raise Unavailable(
-                        "the index is not empty: reindex fills a new one. Stop the node, move the database aside (keep it), start again"
+                        f"the index is not empty: {name_of(connection)} holds instances, and reindex fills a new one. With no node "
+                        f"running, {remedy} (keep the old one: audit trail and legal holds are in it alone), then reindex again"
                     )
             HEARD.create(connection)
 

@@ -121,6 +121,16 @@ def test_what_is_wrong_is_said(house: House, houses: Build, tmp_path: Path) -> N
         restore(folder, database=fresh.database, ring=Ring.create(tmp_path / "other.json"), **parts)  # type: ignore[arg-type]
 
 
+def test_a_backup_is_a_folder(house: House, tmp_path: Path) -> None:
+    """Onto a file, or below one: a sentence that names the file, which stays as it is."""
+    file = tmp_path / "backup.tar"
+    file.write_bytes(b"mine")
+    for place in (file, file / "below"):
+        with pytest.raises(Unavailable, match=r"backup\.tar is a file, and a backup is a folder"):
+            backed_up(house, place)
+    assert file.read_bytes() == b"mine"
+
+
 def test_what_had_landed_on_the_lost_node(houses: Build, s3_store: ObjectStore, tmp_path: Path) -> None:
     """Objects on the lost disk alone are in the backup, and come into the store; one that was moved after the backup is found there."""
     house, folder = houses(store=s3_store, node_id=NODE), tmp_path / "backup"

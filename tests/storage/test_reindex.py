@@ -93,7 +93,7 @@ def test_the_index_is_rebuilt_row_for_row(either_house: House, houses: Build) ->
     assert states[JobKind.DELIVER, JobState.READY] == 0
     assert again.archive.verify().intact
     assert again.archive.orphans().sweep().settled == 0
-    with pytest.raises(Unavailable, match="not empty"):
+    with pytest.raises(Unavailable, match=r"not empty: the database .* holds instances.*With no node running, .* aside|an empty database"):
         again.archive.reindex().run()
 
 
