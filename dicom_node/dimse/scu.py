@@ -197,8 +197,10 @@ class StorageSCU:
                     return
 
     @contextlib.contextmanager
-    def _association(self, peer: Peer, contexts: list[PresentationContext]) -> Iterator[Association]:
+    def _association(self, peer: Peer, contexts: list[PresentationContext], **settings: Any) -> Iterator[Association]:
         """Associate for the length of a block. The association is not established where the peer accepted none of the contexts.
+
+        `settings` go to pynetdicom's ``associate``: negotiation items, handlers of what the peer asks.
 
         Raises
         ------
@@ -213,7 +215,9 @@ class StorageSCU:
             raise PeerUnreachable(f"{_name(peer)}: the host name {peer.host} does not resolve; correct it or the name service") from error
         for address in dict.fromkeys(str(entry[4][0]) for entry in found):
             caller = Caller(self._ae_title, connect_s=self._connect_s, answer_s=self._answer_s)
-            association = caller.associate(address, peer.port, contexts=contexts, ae_title=peer.ae_title, max_pdu=caller.maximum_pdu_size)
+            association = caller.associate(
+                address, peer.port, contexts=contexts, ae_title=peer.ae_title, max_pdu=caller.maximum_pdu_size, **settings
+            )
             try:
                 if association.is_established or association.rejected_contexts:
                     yield association

@@ -19,13 +19,19 @@ def upgrade() -> None:
         sa.Column("transaction_uid", sa.Text(), nullable=False),
         sa.Column("peer", sa.Text(), nullable=False),
         sa.Column("asked_here", sa.Integer(), nullable=False),
+        sa.Column("request", sa.Text(), nullable=False),
         sa.Column("instances", sa.Text(), nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("outcome", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("deliveries", sa.Integer(), nullable=False),
         sa.Column("asked_at", sa.BigInteger(), nullable=False),
         sa.Column("due_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_commitments")),
     )
+    op.create_index("ix_commitments_transaction_uid", "commitments", ["transaction_uid"], unique=False)
+    op.create_index("ix_commitments_due_at", "commitments", ["due_at"], unique=False)
+    op.create_index("ix_commitments_peer_state_due_at", "commitments", ["peer", "state", "due_at"], unique=False)
     op.create_table(
         "peers",
         sa.Column("name", sa.Text(), nullable=False),
