@@ -42,14 +42,12 @@ interop: $(VENV)/development  ## tests against the peers
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m peer
 
 MINUTES ?= 60
+SOAK ?= --minutes $(MINUTES)
 
-soak: $(VENV)/development  ## faults, for MINUTES (60): kills, power cuts, random schedules; as root for all of it
+soak: $(VENV)/development  ## faults, for MINUTES (60) or by count (SOAK='--runs 10000 --cuts 500 --kills 1000'); as root for all of it
 	$(BIN)/pytest -n 0 -m soak tests/faults
-	$(BIN)/python -m tests.faults.walk --points 8 --kills 500 --syscalls --errors
-	$(BIN)/python -m tests.faults.walk --store land --points 3 --kills 100
-	$(BIN)/python -m tests.faults.walk --store land --rotate --points 2
-	$(BIN)/python -m tests.faults.walk --store archive --points 3
-	$(BIN)/python -m tests.faults.schedules --minutes $(MINUTES)
+	$(BIN)/python -m tests.faults.walk --kills 500 --syscalls --errors
+	$(BIN)/python -m tests.faults.soak --processes $(WORKERS) $(SOAK)
 
 check: $(VENV)/development  ## ruff, mypy, import-linter, the Dockerfile
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OBJECT_KEY = re.compile(r"[0-9a-f]{32}")
 DOCUMENT_NAME = re.compile(r"[a-z]+/[0-9a-f]{2}/[0-9a-f]{32}")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{8}")
+"""A document on its way in, or what a kill left of it."""
 DOCUMENT_PREFIX = re.compile(r"[a-z]+/(?:[0-9a-f]{2}/)?")
 DOCUMENT_BYTES = 64 << 10
 """The largest document."""
@@ -334,6 +336,34 @@ class DirectoryStore:
             except OSError as error:
                 raise disk_unavailable(error, self._root) from error
             yield from (f"{kind}/{name}/{file}" for file in files if OBJECT_KEY.fullmatch(file))
+
+    def clean_uploads(self, older_than: datetime) -> int:
+        """Remove what a kill left of documents on their way in; return how many files.
+
+        Parameters
+        ----------
+        older_than
+            Younger ones may be under way.
+
+        Raises
+        ------
+        Unavailable
+            The disk cannot be read or written.
+        """
+        cleaned = 0
+        try:
+            for file in self._root.glob("[a-z]*/[0-9a-f][0-9a-f]/.*"):
+                if not _UNFINISHED.fullmatch(file.name):
+                    continue
+                try:
+                    if datetime.fromtimestamp(file.stat(follow_symlinks=False).st_mtime, UTC) < older_than:
+                        file.unlink()
+                        cleaned += 1
+                except FileNotFoundError:
+                    continue  # it came to its end
+        except OSError as error:
+            raise disk_unavailable(error, self._root) from error
+        return cleaned
 
     def check(self) -> None:
         """Look whether the root is there and may be written."""

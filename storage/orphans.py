@@ -176,6 +176,7 @@ class Orphans:
             old = (info.object_key for info in spool.list() if info.modified_at < before)
             self._sweep_objects(old, keys, swept, in_spool=True, restored=restored, pace=pace)
             self._sweep_spool_documents(spool, before, swept)
+            spool.clean_uploads(before)
         return swept
 
     def _stores(self) -> list[ObjectStore]:

@@ -172,6 +172,8 @@ class LyingS3:
         self._dice = random.Random(seed)
         self._rules: list[_Rule] = []
         self._kept: dict[str, _Object] = {}
+        self.spoilt: set[str] = set()
+        """Names of what it keeps otherwise than it was put."""
         self._before: dict[str, list[_Object]] = defaultdict(list)
         self._uploads: dict[str, _Upload] = {}
         self._numbers = 0
@@ -483,6 +485,7 @@ class _Handler(BaseHTTPRequestHandler):
             service._keep(
                 self._name, content, _kept_headers(self._given), fault.number if fault is not None and fault.name == "late" else 0
             )
+            (service.spoilt.discard if content == self._body else service.spoilt.add)(self._name)
         return 200, {"ETag": _etag(self._body)}, b""
 
     def _get(self) -> tuple[int, dict[str, str], bytes]:
@@ -570,8 +573,10 @@ class _Handler(BaseHTTPRequestHandler):
                 pass
             case "half":
                 service._keep(self._name, content[: len(content) // 2], upload.headers)
+                service.spoilt.add(self._name)
             case "other":
                 service._keep(self._name, _other(content), upload.headers)
+                service.spoilt.add(self._name)
             case _:
                 digests = b"".join(hashlib.sha256(upload.parts.get(number, b"")).digest() for number in asked)
                 checksum = f"{base64.b64encode(hashlib.sha256(digests).digest()).decode()}-{len(asked)}"

@@ -25,6 +25,7 @@ from pathlib import Path
 from storage.failpoints import VARIABLE, failpoint_from_environment
 from tests.faults.ground import INTAKE_STEPS, MOVE_STEPS, ROTATE_STEPS, WORK_STEPS, judge, run
 from tests.faults.site import KINDS, Site, site
+from tests.faults.tally import tell
 
 SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "unlink,unlinkat", "openat", "mkdir", "ftruncate")
 """Where a kill is injected, one walk each: every call that changes the disk."""
@@ -136,7 +137,7 @@ class Walk:
                 reach = failpoint_from_environment(environ)
                 run(self._folder, seeds, say, reach=reach, threads=threads, honest=self._honest, tolerant=tolerant, site=self._site)
 
-            _end_with(be)
+            end_with(be)
         os.close(writing)
         os.close(gate_out)
         tracer = None if trace is None else trace(child)
@@ -169,7 +170,7 @@ class Walk:
                 numbers = f"{verdict.acknowledged} {verdict.lost} {verdict.orphans}"
                 os.write(writing, "\n".join([numbers, *verdict.faults])[:60000].encode())
 
-            _end_with(be)
+            end_with(be)
         os.close(writing)
         with os.fdopen(reading) as pipe:
             found = pipe.read().splitlines()
@@ -244,7 +245,7 @@ def _inject(child: int, calls: str, nth: int, what: str = "signal=SIGKILL", *, l
     return tracer
 
 
-def _end_with(be: Callable[[], None]) -> None:
+def end_with(be: Callable[[], object]) -> None:
     """Run the child's part and end the child, whatever happens, without the parent's exit handlers."""
     code = 1
     try:
@@ -305,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
             report(f"  killed at {step}: {count}")
         for fault in walk.tally.faults[:50]:
             report(f"  FAULT {fault}")
+    tell({"kills": walk.tally.killed, "acknowledged": walk.tally.acknowledged, "broken": len(walk.tally.faults) + walk.tally.lost})
     return 1 if walk.tally.faults or walk.tally.lost else 0
 
 

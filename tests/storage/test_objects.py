@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -313,6 +313,20 @@ def test_directory_documents(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes(b"other")
     with pytest.raises(Unavailable):
         store.get_document(named(1))
+
+
+def test_directory_removes_what_a_kill_left_of_a_document(tmp_path: Path) -> None:
+    """A file of a document that never came to its end goes when it is old; documents, and young files, stay."""
+    store = DirectoryStore(tmp_path / "objects")
+    store.put_document(named(1), b"document")
+    left = (tmp_path / "objects" / named(1)).with_name(f".{named(1)[-32:]}.0123abcd")
+    left.write_bytes(b"half")
+    now = datetime.now(UTC)
+    assert store.clean_uploads(now - timedelta(hours=1)) == 0
+    assert left.exists()
+    assert store.clean_uploads(now + timedelta(hours=1)) == 1
+    assert not left.exists()
+    assert store.get_document(named(1)) == b"document"
 
 
 def test_directory_other_file_system(tmp_path: Path, landed: Landed) -> None:
