@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from dicom_node import config
-from dicom_node.cli_archive import backup, duties, erase, hold_app, migrate, nodes, quarantine_app, reindex, restore, retention
+from dicom_node.cli_archive import backup, duties, erase, hold_app, migrate, nodes_app, quarantine_app, reindex, restore, retention
 from dicom_node.cli_keys import keys_app
 from dicom_node.console import ConfigOption, command_line, err, fail, faults_as_sentences, out, progress_bar, runnable, settings_of
 from dicom_node.errors import StartError
@@ -22,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=Fa
 app.add_typer(keys_app, name="keys")
 app.add_typer(hold_app, name="hold")
 app.add_typer(quarantine_app, name="quarantine")
+app.add_typer(nodes_app, name="nodes")
 
 
 @app.command()
@@ -29,6 +30,10 @@ def serve(
     config_file: ConfigOption = None,
     role: Annotated[
         str | None, typer.Option(help="Run one role alone: dimse, web, worker, courier or mover. Default: all, supervised.")
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(help="Serve /metrics, /healthz and /readyz of this process on this port instead of admin.port.", show_default=False),
     ] = None,
     lifeline: Annotated[int, typer.Option(hidden=True)] = -1,
     status: Annotated[int, typer.Option(hidden=True)] = -1,
@@ -38,6 +43,10 @@ def serve(
 
     with faults_as_sentences():
         settings = settings_of(config_file)
+        if admin_port is not None:
+            if not 0 < admin_port <= 65535:
+                raise fail(f"--admin-port {admin_port}: use 1 to 65535")
+            settings = settings.model_copy(update={"admin": settings.admin.model_copy(update={"port": admin_port})})
         try:
             if role is None:
                 node.serve(settings, config_file)
@@ -205,7 +214,7 @@ def verify(config_file: ConfigOption = None) -> None:
             )
 
 
-for command in (erase, retention, backup, restore, reindex, migrate, nodes, duties):
+for command in (erase, retention, backup, restore, reindex, migrate, duties):
     app.command()(command)
 
 

@@ -17,6 +17,7 @@ hold_app = typer.Typer(
 quarantine_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Instances put aside: their UID was known with other content, or another patient."
 )
+nodes_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="The nodes that share the database.")
 
 OPERATOR = "operator"
 
@@ -25,26 +26,60 @@ ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the au
 NumberArgument = Annotated[int, typer.Argument(help="Its number, as `quarantine list` shows it.")]
 
 
-def nodes(config_file: ConfigOption = None) -> None:
-    """List the nodes that share the database, and when each was seen last."""
+@nodes_app.callback()
+def nodes(context: typer.Context, config_file: ConfigOption = None) -> None:
+    """List the nodes that share the database, when each was seen last, and how many objects lie on its disk alone."""
     from dicom_node import storehouse
+    from storage.nodes import Lying
+
+    if context.invoked_subcommand is not None:
+        return
+    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        lying, now = parts.nodes.lying(), parts.database.clock()
+        rows = []
+        for one in parts.nodes.all():
+            seen = f"{one.seen_at:%Y-%m-%d %H:%M:%S}" if one.state == "seen" else one.state
+            ahead = " (ahead: a clock is wrong)" if one.state == "seen" and one.seen_at > now + timedelta(minutes=1) else ""
+            its = lying.pop(one.node_id, Lying())
+            mark = " *" if one.node_id == parts.node_id else ""
+            started = f"{one.started_at:%Y-%m-%d %H:%M:%S}"
+            rows.append((one.node_id + mark, one.host, one.version, started, seen + ahead, str(its.waiting), str(its.lost), one.data_dir))
+        rows += [(node_id, "?", "?", "?", "not registered", str(its.waiting), str(its.lost), "?") for node_id, its in lying.items()]
+        print_rows(("node", "host", "version", "started", "seen", "to bring", "lost", "data folder"), rows)
+        err.print("* this node; times are UTC; to bring: objects that lie on its disk alone yet", style="dim")
+
+
+@nodes_app.command("lost")
+def nodes_lost(
+    node_id: Annotated[str, typer.Argument(help="Its id, as `nodes` shows it.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
+    """Declare that a node and its disk never come back: what lay there alone is looked for, and recorded as lost where it is nowhere."""
+    from dicom_node import storehouse
+    from storage.loss import Loss
+    from storage.nodes import Lying
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        print_rows(
-            ("node", "host", "version", "started", "seen", "data folder"),
-            [
-                (
-                    one.node_id + (" *" if one.node_id == parts.node_id else ""),
-                    one.host,
-                    one.version,
-                    f"{one.started_at:%Y-%m-%d %H:%M:%S}",
-                    f"{one.seen_at:%Y-%m-%d %H:%M:%S}" if one.seen_at.timestamp() else "stopped",
-                    one.data_dir,
-                )
-                for one in parts.nodes.all()
-            ],
+        its = parts.nodes.lying().get(node_id, Lying())
+        if not yes and not typer.confirm(
+            f"Declare node {node_id} lost? {its.waiting} objects lie on its disk alone. If the disk lives, mount it elsewhere instead",
+            err=True,
+        ):
+            raise typer.Exit(1)
+        loss = Loss(
+            database=parts.database,
+            index=parts.index,
+            queue=parts.queue,
+            audit=parts.audit,
+            places=parts.archive.places,
+            nodes=parts.nodes,
         )
-        err.print("* this node; times are UTC", style="dim")
+        with progress_bar("looking for its objects") as progress:
+            losses = loss.declare(node_id, actor=OPERATOR, progress=progress)
+        typer.echo(f"node {node_id} is declared lost: {losses}")
+        if losses.lost:
+            typer.echo("Have the lost instances sent again: what arrives takes their place. The audit trail names them (instance.lost).")
 
 
 def duties(config_file: ConfigOption = None) -> None:

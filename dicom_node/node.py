@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import os
 import secrets
-import shutil
 import socket
 import sys
 import threading
@@ -23,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from dicom_node.config import Settings
+from dicom_node.config_faults import entry
 from dicom_node.console import command_line
 from dicom_node.errors import StartError
-from dicom_node.observability import Metrics, configure_logging, exposition, forget_process, prepare_metrics
+from dicom_node.health import served
+from dicom_node.observability import Metrics, configure_logging, forget_process, prepare_metrics
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
 from dicom_node.storehouse import Storehouse, database_file, folder, foreign_ring, object_store, open_database, storage, wrapping_key
-from dicom_node.supervisor import Supervisor, give_signs_of_life, stop_on_signals, stop_with_parent
+from dicom_node.supervisor import Supervisor, end_in_time, give_signs_of_life, stop_on_signals, stop_with_parent
 from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
 from storage.keys import Ring
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 ROLES = ("dimse", "web", "worker", "courier", "mover")
+PRESENCE_S = 2.0
+STOP_GRACE_S = 10.0
+"""Beyond node.drain_s: what does not end in this time waits for something that does not answer, and is left behind."""
 PORT_WAIT_S = 15.0
 """How long a start waits for ports that the children of a killed node are still giving back."""
 
@@ -113,9 +117,7 @@ def alone(settings: Settings) -> Iterator[Storehouse]:
     try:
         _prepare(settings)
         with storage(settings) as parts:
-            since = parts.database.clock() - timedelta(seconds=4 * SEEN_EVERY_S)
-            living = [one for one in parts.nodes.all() if one.seen_at > since]
-            if living:
+            if living := parts.nodes.living():
                 raise StartError(*(f"node {one.node_id} on {one.host} uses the database; stop it first" for one in living))
             yield parts
     finally:
@@ -144,8 +146,8 @@ def _present(settings: Settings, parts: Storehouse, lock: int) -> Iterator[None]
         yield
     finally:
         gone.set()
-        thread.join()
-        if _last(lock):  # while another role of it runs, the node lives, and a copy of its folder must be refused
+        thread.join(PRESENCE_S)  # a database that does not answer must not keep the node from stopping
+        if not thread.is_alive() and _last(lock):  # while another role of it runs, the node lives, and a copy of its folder must be refused
             with suppress(StorageError):  # the others notice within a minute
                 parts.nodes.leave(parts.node_id)
 
@@ -162,6 +164,7 @@ def serve(settings: Settings, config_file: Path | None) -> None:
         Another node uses the folder, a port is taken, keys or archive cannot be opened.
     """
     stop = stop_on_signals()
+    end_in_time(stop, settings.node.drain_s + STOP_GRACE_S)
     data_dir = settings.node.data_dir
     lock = _own(settings)
     configure_logging(form=settings.logging.format, level=settings.logging.level, role="node")
@@ -262,48 +265,9 @@ def _taken(settings: Settings) -> list[str]:
 
 def _supervise(settings: Settings, config_file: Path | None, parts: Storehouse, stop: threading.Event) -> None:
     supervisor = Supervisor(roles=_roles(settings), config=config_file, on_exit=forget_process, silence_s=settings.node.silence_s)
-    admin = None
-    if settings.admin.enabled:
-        from dicom_node.admin import AdminServer  # aiohttp loads only where it serves
-
-        admin = AdminServer(
-            host=settings.admin.host,
-            port=settings.admin.port,
-            metrics=lambda: exposition(_gauges(settings, supervisor, parts)),
-            readiness=lambda: _not_ready(supervisor, parts),
-        )
-        admin.start()
-    try:
+    with served(settings, parts, supervisor.states):
         supervisor.run(stop, drain_s=settings.node.drain_s, on_ready=lambda: _say_ready(settings, config_file))
-    finally:
-        if admin is not None:
-            admin.stop()
-        log.info("node.stopped")
-
-
-def _not_ready(supervisor: Supervisor, parts: Storehouse) -> list[str]:
-    faults = [f"process {name} is {state}" for name, state in supervisor.states().items() if state != "ready"]
-    try:
-        parts.archive.check()
-    except StorageError as error:
-        faults.append(str(error))
-    return faults
-
-
-def _gauges(settings: Settings, supervisor: Supervisor, parts: Storehouse) -> Iterator[tuple[str, str, dict[str, str], float]]:
-    for name, state in supervisor.states().items():
-        yield "dicom_node_process_ready", "1 when the process runs and is ready.", {"process": name}, float(state == "ready")
-    yield "dicom_node_free_bytes", "Free space of the data folder.", {}, float(shutil.disk_usage(settings.node.data_dir).free)
-    try:
-        counts, ages = parts.queue.counts(), parts.queue.oldest_ready_s()
-    except StorageError:
-        yield "dicom_node_database_up", "1 when the database answers.", {}, 0.0
-        return
-    yield "dicom_node_database_up", "1 when the database answers.", {}, 1.0
-    for (kind, state), count in counts.items():
-        yield "dicom_node_jobs", "Jobs by kind and state.", {"kind": str(kind), "state": str(state)}, float(count)
-    for kind, age in ages.items():
-        yield "dicom_node_oldest_ready_seconds", "Age of the oldest job that waits.", {"kind": str(kind)}, age
+    log.info("node.stopped")
 
 
 def _say_ready(settings: Settings, config_file: Path | None) -> None:
@@ -341,6 +305,7 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
     if role not in ROLES:
         raise StartError(f"--role {role}: use one of {', '.join(ROLES)}")
     stop = stop_on_signals()
+    end_in_time(stop, settings.node.drain_s + STOP_GRACE_S)
     alone = lifeline < 0
     if not alone:
         stop_with_parent(lifeline, stop)
@@ -359,12 +324,17 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
                 stack.enter_context(_present(settings, parts, lock))
                 parts.archive.sweep()
 
+            metrics, state = Metrics(), {role: "starting"}
+            if alone:
+                stack.enter_context(served(settings, parts, lambda: {role: "stopping"} if stop.is_set() else state, alone=metrics.registry))
+
             def ready() -> None:
                 log.debug("process.ready")
+                state[role] = "ready"
                 if status >= 0:
                     give_signs_of_life(status, stop, parts.archive.check)
 
-            run(settings, parts, Metrics(), stop, ready)
+            run(settings, parts, metrics, stop, ready)
         except StorageError as error:
             raise StartError(str(error)) from error
         except OSError as error:
@@ -539,7 +509,7 @@ def _webhooks(settings: Settings, parts: Storehouse, metrics: Metrics) -> Webhoo
                 )
             )
         except ValueError as error:
-            raise StartError(f"webhooks.{index}.{error}") from error
+            raise StartError(f"{entry('webhooks', index, {'name': hook.name})}, {error}") from error
     return WebhookSender(
         database=parts.database,
         audit=parts.audit,

@@ -81,10 +81,11 @@ def _instance(instance: Told) -> Iterator[str]:
     yield f"    received  {_received(instance['received'])}"
     yield f"    sealed    object {instance['object']['key']} under study key {instance['object']['key_id']}"
     if instance["object"]["landed_on"]:
-        bringing = [job["state"] for job in instance["jobs"] if job["kind"] == "archive"]
-        lost = bringing and set(bringing) == {"dead"}
-        what = "to store below says why it is not brought" if lost else "whose mover brings it into the store"
-        yield f"    lies on   the disk of node {instance['object']['landed_on']}{', lost or damaged: ' if lost else ', '}{what}"
+        node = instance["object"]["landed_on"]
+        if {job["state"] for job in instance["jobs"] if job["kind"] == "archive"} == {"dead"}:
+            yield f"    lost      it lay on the disk of node {node} alone: what was tried last says more"
+        else:
+            yield f"    lies on   the disk of node {node}, whose mover brings it into the store"
     yield f"    digest    {instance['digest']} (SHA-256 of the data set as received)"
     for job in instance["jobs"]:
         yield from _job(job)

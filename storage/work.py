@@ -45,9 +45,11 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     bindparam,
+    case,
     delete,
     func,
     literal_column,
+    null,
     or_,
     select,
     union_all,
@@ -77,6 +79,7 @@ class Step(StrEnum):
     RECLAIM = "reclaim"
     EXHAUST = "exhaust"
     REQUEUE = "requeue"
+    LOSE = "lose"
 
 
 TRANSITIONS: Final[Mapping[tuple[JobState, Step], JobState]] = {
@@ -91,6 +94,8 @@ TRANSITIONS: Final[Mapping[tuple[JobState, Step], JobState]] = {
     (JobState.CLAIMED, Step.EXHAUST): JobState.DEAD,  #    another worker: the lease ran out, no attempts left
     (JobState.DEAD, Step.REQUEUE): JobState.READY,  #      an operator: fresh attempts
     (JobState.DONE, Step.REQUEUE): JobState.READY,  #      an operator: do it again
+    (JobState.READY, Step.LOSE): JobState.DEAD,  #         an operator: its object was lost with the disk of a node
+    (JobState.CLAIMED, Step.LOSE): JobState.DEAD,  #       the same, of a job that the lost node held
 }
 """Every change of state there is. The statements below are made from this table."""
 
@@ -186,16 +191,23 @@ _ENQUEUE: Final[Mapping[str, Any]] = {
 }
 _JOBS_OF = select(JOBS).where(JOBS.c.sop_instance_uid == bindparam("uid")).order_by(JOBS.c.id)
 _COUNTS = tuple(select(JOBS.c.kind, JOBS.c.state, func.count()).where(part).group_by(JOBS.c.kind, JOBS.c.state) for part in (_LIVE, _ENDED))
-_OLDEST = (
-    select(JOBS.c.kind, func.min(JOBS.c.due_at))
-    .where(_LIVE, JOBS.c.state == JobState.READY.value, JOBS.c.due_at <= _NOW)
-    .group_by(JOBS.c.kind)
-)
+_OLDEST = select(JOBS.c.kind, func.min(JOBS.c.created_at)).where(_LIVE).group_by(JOBS.c.kind)
+_LOST_RESULT = '{"outcome":"lost"}'
+LOST = (JOBS.c.state == JobState.DEAD.value) & (JOBS.c.result == _LOST_RESULT)
+"""Of jobs: ended because their object was lost with the disk of the node that is their home."""
 _REHOME = (
     update(JOBS)
     .where(JOBS.c.sop_instance_uid == bindparam("uid"), JOBS.c.home != bindparam("to_home"))
     .where(JOBS.c.kind.in_(bindparam("kinds", expanding=True)))
-    .values(home=bindparam("to_home"))
+    .values(
+        home=bindparam("to_home"),
+        state=case((LOST, JobState.READY.value), else_=JOBS.c.state),
+        due_at=case((LOST, bindparam("now")), else_=JOBS.c.due_at),
+        attempts=case((LOST, 0), else_=JOBS.c.attempts),
+        finished_at=case((LOST, null()), else_=JOBS.c.finished_at),
+        reason=case((LOST, ""), else_=JOBS.c.reason),
+        result=case((LOST, "{}"), else_=JOBS.c.result),
+    )
 )
 _READING = (JobKind.ANALYSE, JobKind.DELIVER)
 """Kinds of jobs that read the archived object of an instance. The Mover's are about one object, which may lie elsewhere."""
@@ -478,8 +490,28 @@ class WorkQueue:
         self._database.write(work, ordered=after_s <= 0)  # what is due at once wakes the others
 
     def rehome(self, connection: Connection, sop_instance_uid: str, *, home: str = "", kinds: Sequence[JobKind] = _READING) -> None:
-        """Give the jobs that read the object of an instance to the node where it lies now, or to all; in the caller's transaction."""
-        connection.execute(_REHOME, {"uid": sop_instance_uid, "to_home": home, "kinds": [kind.value for kind in kinds]})
+        """Give the jobs that read the object of an instance to the node where it lies now, or to all; in the caller's transaction.
+
+        Those that ended because the object was lost are ready again: there is one now.
+        """
+        values = {"uid": sop_instance_uid, "to_home": home, "kinds": [kind.value for kind in kinds], "now": self._now()}
+        connection.execute(_REHOME, values)
+
+    def lose_in(self, connection: Connection, job_ids: Sequence[int], reason: str) -> None:
+        """End jobs whose object was lost with the disk of the node that is their home; whoever held one gets :class:`LeaseLost`.
+
+        They keep their home: :meth:`rehome` makes them ready again when the instance was sent again, :func:`found_in` when the node
+        came back after all.
+        """
+        values = {**self._ended(reason), "state": _to(Step.LOSE), "result": _LOST_RESULT}
+        connection.execute(update(JOBS).where(JOBS.c.id.in_(list(job_ids)), JOBS.c.state.in_(_from(Step.LOSE))).values(values))
+
+    def redo_in(self, connection: Connection, sop_instance_uid: str, *, home: str) -> int:
+        """Let the analysis of an instance that is done run again, on the node where its object lies; return how many jobs that are."""
+        where = (JOBS.c.sop_instance_uid == sop_instance_uid) & (JOBS.c.kind == JobKind.ANALYSE.value)
+        done = connection.scalars(select(JOBS.c.id).where(where, JOBS.c.state == JobState.DONE.value)).all()
+        connection.execute(update(JOBS).where(JOBS.c.id.in_(done)).values(home=home))
+        return self._requeue(connection, JOBS.c.id.in_(done), [JobState.DONE.value])
 
     def cancel_in(self, connection: Connection, sop_instance_uids: Iterable[str]) -> int:
         """Delete every job about these instances, in the caller's transaction, and return how many: the instances are being erased.
@@ -539,14 +571,17 @@ class WorkQueue:
                     counted[JobKind(kind), JobState(state)] = number
         return counted
 
-    def oldest_ready_s(self) -> dict[JobKind, float]:
-        """Return by kind for how many seconds the oldest due job waits; 0 where none does."""
-        now = self._now()
-        waits = dict.fromkeys(JobKind, 0.0)
+    def oldest_unfinished_s(self) -> dict[JobKind, float]:
+        """Return by kind for how many seconds the oldest job is there that waits, waits for another try, or is under way; 0 without one.
+
+        Thus a queue in which every attempt fails, or hangs, is seen to grow old, as one is that nobody works on.
+        """
+        now = to_micros(self._clock())
+        ages = dict.fromkeys(JobKind, 0.0)
         with self._database.read() as connection:
-            for kind, due in connection.execute(_OLDEST, {"now": now}):
-                waits[JobKind(kind)] = (now - due) / 1_000_000
-        return waits
+            for kind, made in connection.execute(_OLDEST):
+                ages[JobKind(kind)] = max(0, now - made) / 1_000_000
+        return ages
 
     # -- one way to change a state -----------------------------------------------------------------------------------------------
 
@@ -561,6 +596,12 @@ class WorkQueue:
         statement = update(JOBS).where(*_HELD, JOBS.c.state.in_(_from(step))).values({"state": _to(step), **values})
         if connection.execute(statement, {"job": job_id, "token": token}).rowcount != 1:
             raise LeaseLost("another worker holds this job now: its lease ran out here, or an operator requeued it")
+
+
+def found_in(connection: Connection, home: str, *, at: datetime) -> int:
+    """Make the jobs of a node ready again that ended because it was lost, and return how many: it came back with its disk."""
+    values = {"state": _to(Step.REQUEUE), **_unheld(to_micros(at)), "attempts": 0, "finished_at": None, "reason": "", "result": "{}"}
+    return connection.execute(update(JOBS).where(JOBS.c.home == home, LOST, _ENDED).values(values)).rowcount
 
 
 def _unheld(due_at: int | None) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""The commands of those who look after an archive, typed against a real one in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from dicom_node import config, storehouse
+from dicom_node.cli import app
+from storage.keys import Ring
+
+LOST = "00000000000000aa"
+Type = Callable[..., Result]
+
+
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Type a command; the archive is there, empty, and no node runs."""
+    monkeypatch.setenv("DICOM_NODE_NODE__DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("DICOM_NODE_CARE__RETENTION_DAYS", "30")
+    settings = config.load(None)
+    (tmp_path / "keys").mkdir(mode=0o700)
+    database = storehouse.open_database(settings, Ring.create(settings.ring_file))
+    database.migrate()
+    database.close()
+    return lambda *words, **options: CliRunner().invoke(app, words, **options)
+
+
+@contextmanager
+def opened() -> Iterator[storehouse.Storehouse]:
+    """Open the archive that the commands use."""
+    with storehouse.storage(config.load(None)) as parts:
+        yield parts
+
+
+def test_a_node_is_declared_lost(typed: Type) -> None:
+    """The list shows it with what lies there; it is asked before; a wrong number is refused; afterwards the list says lost."""
+    with opened() as parts:
+        parts.nodes.enter(node_id=LOST, host="one", data_dir="/data", version="1")
+        parts.nodes.leave(LOST)
+    assert "stopped" in typed("nodes").stdout
+    assert typed("nodes", "lost", "0" * 16, "--yes").exit_code == 1
+    assert typed("nodes", "lost", LOST, input="n\n").exit_code == 1
+    assert "stopped" in typed("nodes").stdout
+    done = typed("nodes", "lost", LOST, "--yes")
+    assert (done.exit_code, "declared lost: 0 found, 0 lost" in done.stdout) == (0, True)
+    assert " lost " in typed("nodes").stdout
