@@ -1,7 +1,8 @@
 """Ingest into the archive with each kind of store: directory, S3 with policy `land`, S3 with policy `archive`. Interleaved.
 
 What a door adds (association, HTTP) is the same for each and is measured elsewhere. The S3 service and the Mover run on the same machine,
-and take their share of it.
+and take their share of it. The Mover gives way to senders for a while, so the rate of `land` is that of a burst, with the backlog brought
+afterwards; its sustained rate counts both.
 """
 
 from __future__ import annotations
@@ -40,8 +41,15 @@ class Turn:
     """Instances a second."""
     cpu_ms: float
     """Of the receiving process, for one instance; what the machine's other work disturbs least."""
+    seconds: float
+    """How long it took."""
     drained_s: float = 0.0
     """How long the Mover needed for the rest afterwards."""
+
+    @property
+    def sustained(self) -> float:
+        """Instances a second when receiving and bringing are counted together: what goes on for ever."""
+        return self.rate * self.seconds / (self.seconds + self.drained_s)
 
 
 def receive(house: House, pattern: Pattern, *, threads: int, seconds: float, per_study: int = PER_STUDY) -> Turn:
@@ -76,7 +84,7 @@ def receive(house: House, pattern: Pattern, *, threads: int, seconds: float, per
     passed, cpu = time.perf_counter() - began, time.process_time() - cpu
     if faults:
         raise faults[0]
-    return Turn(sum(numbers) / passed, cpu * 1000 / max(sum(numbers), 1))
+    return Turn(sum(numbers) / passed, cpu * 1000 / max(sum(numbers), 1), passed)
 
 
 def drained(house: House) -> float:
@@ -169,10 +177,14 @@ def _summary(turns: dict[str, list[Turn]]) -> dict[str, Any]:
             "rates": [round(turn.rate, 1) for turn in all_turns],
         }
         if name == "land":
+            sustained = [turn.sustained / base.rate for turn, base in zip(all_turns, turns["directory"], strict=True)]
+            line[name]["sustained per second"] = round(statistics.median(turn.sustained for turn in all_turns), 1)
+            line[name]["sustained ratio"] = round(statistics.median(sustained), 3)
             line[name]["drained s"] = round(statistics.median(turn.drained_s for turn in all_turns), 2)
     return line
 
 
 def _words(name: str, line: dict[str, Any]) -> str:
     ratio = "" if name == "directory" else f" = {line['ratio']:.2f}"
-    return f"{name} {line['per second']:.0f}/s{ratio} ({line['cpu ms']:.1f} ms CPU)"
+    sustained = f", sustained {line['sustained ratio']:.2f}" if "sustained ratio" in line else ""
+    return f"{name} {line['per second']:.0f}/s{ratio}{sustained} ({line['cpu ms']:.1f} ms CPU)"

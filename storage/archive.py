@@ -176,6 +176,10 @@ class Archive:
         """Where its objects lie, for those who take care of them."""
         return self._places
 
+    def quiet_s(self) -> float:
+        """Return for how many seconds nothing began or ended to arrive at this node, whichever of its processes it came to."""
+        return self._landing.quiet_s()
+
     # --- commit 1: admit ---------------------------------------------------------------------------------------------
 
     def receive(

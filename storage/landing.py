@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +89,18 @@ class Landing:
             raise Unavailable(
                 f"{self._root}: {free >> 20} MiB free, {self._min_free_bytes >> 20} MiB are kept in reserve; free space or enlarge it",
             )
+
+    def quiet_s(self) -> float:
+        """Return for how many seconds no process of this node began or ended a landing file; by the folders' times, read from the disk.
+
+        Many when nothing can be told. A clock that was set makes it wrong once, until the next file.
+        """
+        latest = 0.0
+        with suppress(OSError):  # a disk that cannot be read has nobody busy
+            for entry in os.scandir(self._root):
+                with suppress(FileNotFoundError):  # a process ended
+                    latest = max(latest, entry.stat(follow_symlinks=False).st_mtime)
+        return max(time.time() - latest, 0.0)
 
     def failure(self, error: OSError) -> Unavailable:
         """Return what `error` means for the sender, and remember an input/output error: the disk cannot be believed any more."""

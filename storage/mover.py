@@ -1,4 +1,4 @@
-"""The Mover: brings landed objects from a node's disk into the store, some at a time and no faster than allowed."""
+"""The Mover: brings landed objects from a node's disk into the store, some at a time, no faster than allowed, in the senders' pauses."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 
 _REPORT_S: Final = 1.0
+_PAUSE_S: Final = 0.5
+"""Nobody sent anything for so long: a pause of the senders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,11 @@ class Mover:
         of it; one on the same machine costs that much again.
     poll_s
         How often the queue is looked at.
+    patience_s
+        Seconds for which what landed may wait while senders are busy: receiving goes first, the backlog is brought in their pauses. After
+        so long without a pause, or with less than a tenth of the disk free, it is brought beside them, until nothing waits any more. What
+        landed is safe on this node's disk, and only there: the longer the patience, the more a node that is lost for ever takes along.
+        0: never waits.
     heartbeat_s
         How often the lease of an object under way is renewed; a third of the queue's lease.
     wait
@@ -113,6 +120,7 @@ class Mover:
         bytes_per_s: int = 0,
         processor_share: float = 0.25,
         poll_s: float = 0.5,
+        patience_s: float = 10.0,
         heartbeat_s: float = 20.0,
         owner: str = "mover",
         wait: Callable[[float], object] | None = None,
@@ -126,6 +134,7 @@ class Mover:
         self._bandwidth = Bandwidth(bytes_per_s)
         self._processors = Bandwidth(int(processor_share * (os.cpu_count() or 1) * 1_000_000))  # microseconds of them
         self._poll_s = poll_s
+        self._patience_s = patience_s
         self._heartbeat_s = heartbeat_s
         self._owner = owner
         self._wait = wait
@@ -134,6 +143,7 @@ class Mover:
         self._lock = threading.Lock()
         self._failures = 0
         self._rests_until = 0.0
+        self._waiting_since: float | None = None
         self._unavailable = False
 
     def run(self, stop: threading.Event) -> None:
@@ -143,7 +153,14 @@ class Mover:
         with self._carriers() as carriers, ThreadPoolExecutor(self._at_once, thread_name_prefix="mover") as pool:
             while not stop.is_set():
                 busy = [future for future in busy if not future.done()]
-                busy += [pool.submit(self._lane, stop, carriers) for _ in range(self._at_once - len(busy))] if self._any_due() else []
+                if self._rests():
+                    stop.wait(self._poll_s)  # not for the database's news, of which a busy sender makes many
+                    continue
+                due = self._any_due()
+                busy += [pool.submit(self._lane, stop, carriers) for _ in range(self._at_once - len(busy))] if due else []
+                if not due:
+                    with self._lock:
+                        self._waiting_since = None
                 try:
                     wait(self._poll_s)
                 except StorageError:
@@ -264,12 +281,18 @@ class Mover:
             _log.warning("job.lease_lost", extra={"job": job.id})
 
     def _rests(self) -> bool:
+        """Whether nothing may be begun now: the store failed a moment ago, or senders are busy and patience is left."""
+        now = time.monotonic()
         with self._lock:
-            return time.monotonic() < self._rests_until
+            if now < self._rests_until:
+                return True
+            if not self._patience_s or self._archive.quiet_s() > _PAUSE_S:
+                return False
+            if self._waiting_since is None:
+                self._waiting_since = now
+            return now - self._waiting_since < self._patience_s and not self._archive.places.crowded()
 
     def _any_due(self) -> bool:
-        if self._rests():
-            return False
         try:
             due = bool(self._queue.lanes(JobKind.ARCHIVE))
         except StorageError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -267,6 +268,16 @@ class Places:
         if self._spool is not None:
             for info in self._spool.list():
                 yield info.object_key
+
+    def crowded(self) -> bool:
+        """Whether less than a tenth of the spool's disk is free, or nobody can say: what landed should leave it."""
+        if self._spool is None:
+            return False
+        try:
+            space = os.statvfs(self._spool.path_of("0" * 32).parent)
+        except OSError:
+            return True
+        return space.f_bavail * 10 < space.f_blocks
 
     def check(self) -> None:
         """Raise Unavailable when nothing can be put: with a spool the store may be away for a while, and landing goes on."""

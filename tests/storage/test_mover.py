@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,9 +46,16 @@ def store_of(lying: LyingS3) -> S3Store:
     return S3Store(bucket=lying.bucket, endpoint_url=lying.endpoint, region="us-east-1", attempts=2, deadline_s=5, read_timeout_s=1)
 
 
-def mover_of(house: House) -> Mover:
+def mover_of(house: House, patience_s: float = 10.0) -> Mover:
     """Return the Mover of a house."""
-    return Mover(archive=house.archive, queue=house.queue)
+    return Mover(archive=house.archive, queue=house.queue, poll_s=0.05, patience_s=patience_s)
+
+
+def let_seem_busy(house: House, *, seconds_ago: float) -> None:
+    """Have the last instance begun to arrive so many seconds ago; negative: without end."""
+    moment = time.time() - seconds_ago
+    for folder in (house.folder / "landing").iterdir():
+        os.utime(folder, (moment, moment))
 
 
 def test_landed_then_archived(landing: House) -> None:
@@ -97,10 +106,10 @@ def test_the_store_away_stops_nobody(landing: House, lying: LyingS3) -> None:
 
 
 @contextmanager
-def moving(house: House) -> Iterator[None]:
+def moving(house: House, patience_s: float = 10.0) -> Iterator[None]:
     """Have a Mover run."""
     stop = threading.Event()
-    thread = threading.Thread(target=mover_of(house).run, args=(stop,))
+    thread = threading.Thread(target=mover_of(house, patience_s).run, args=(stop,))
     thread.start()
     try:
         yield
@@ -127,6 +136,58 @@ def _all_goes_on(house: House, lying: LyingS3, samples: list[Sample]) -> None:
     assert {house.index.find(uid).sealed.object_key for uid in wanted} <= set(house.objects())
     for sample in samples:
         assert house.read(sample.sop_instance_uid) == sample.data_set
+
+
+def _await_in_store(house: House, sample: Sample) -> None:
+    deadline = time.monotonic() + 60
+    while house.index.find(sample.sop_instance_uid).landed_on:
+        assert time.monotonic() < deadline, "what landed does not arrive"
+        time.sleep(0.02)
+
+
+def test_receiving_goes_first(landing: House, lying: LyingS3) -> None:
+    """While senders are busy nothing is brought, not even asked for; in their pause it is."""
+    sample = photograph()
+    landing.ingest(sample)
+    let_seem_busy(landing, seconds_ago=-3600)
+    with moving(landing, patience_s=3600):
+        time.sleep(0.5)  # many looks; too short a time can only let the test pass
+        assert lying.requests == []
+        let_seem_busy(landing, seconds_ago=60)
+        _await_in_store(landing, sample)
+
+
+def test_patience_ends(landing: House) -> None:
+    """Senders that make no pause do not keep what landed from the store for ever."""
+    sample = photograph()
+    landing.ingest(sample)
+    let_seem_busy(landing, seconds_ago=-3600)
+    with moving(landing, patience_s=0.3):
+        _await_in_store(landing, sample)
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 3600.0])
+def test_a_full_disk_is_emptied(landing: House, monkeypatch: pytest.MonkeyPatch, patience_s: float) -> None:
+    """With little of the disk free, or no patience, it is brought beside busy senders."""
+    sample = photograph()
+    landing.ingest(sample)
+    let_seem_busy(landing, seconds_ago=-3600)
+    assert not landing.archive.places.crowded()
+    if patience_s:
+        monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=9, f_blocks=100, f_frsize=1 << 30))
+    with moving(landing, patience_s):
+        _await_in_store(landing, sample)
+
+
+def test_how_long_nothing_arrived(landing: House) -> None:
+    """Told by the folders of all processes of the node: the begin and the end of each instance count; of none, it is long ago."""
+    assert landing.archive.quiet_s() > 1e6
+    with landing.archive.receive(origin_of(), transfer_syntax_uid=photograph().transfer_syntax_uid):
+        let_seem_busy(landing, seconds_ago=500)
+        assert 500 <= landing.archive.quiet_s() < 560
+    assert landing.archive.quiet_s() < 60
+    let_seem_busy(landing, seconds_ago=-500)
+    assert landing.archive.quiet_s() == 0
 
 
 @pytest.mark.parametrize("fault", [NOTHING, HALF, OTHER], ids=lambda fault: fault.name)
