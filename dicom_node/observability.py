@@ -193,10 +193,13 @@ def forget_process(process_id: int) -> None:
         mark_process_dead(process_id)  # type: ignore[no-untyped-call]
 
 
-def exposition(gauges: Iterable[tuple[str, str, dict[str, str], float]]) -> bytes:
-    """The text of /metrics: the counters of all processes, and ``gauges`` as (name, help, labels, value) read just now."""
-    registry = CollectorRegistry()
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+def exposition(gauges: Iterable[tuple[str, str, dict[str, str], float]], alone: CollectorRegistry | None = None) -> bytes:
+    """The text of /metrics: the counters of all processes, and ``gauges`` as (name, help, labels, value) read just now.
+
+    ``alone``: the counters of the only process, which shares them with none.
+    """
+    registry = alone or CollectorRegistry()
+    if alone is None and os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     made: dict[str, Gauge] = {}
     now = CollectorRegistry()

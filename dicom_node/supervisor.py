@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ STEADY_S = 30.0
 """A child that lived this long is restarted without delay."""
 READY, FAULTY = b"+", b"-"
 """What a child says of itself."""
+_OURS = ("dicom_node", "dicomweb", "inference", "storage")
 SIGN_OF_LIFE_S = 5.0
 """How often it does."""
 
@@ -239,3 +241,37 @@ def stop_on_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
     return stop
+
+
+def end_in_time(stop: threading.Event, limit_s: float) -> None:
+    """End this process `limit_s` after ``stop``, should it still live then; returns at once, watches in a thread.
+
+    Nothing is lost by it: what was acknowledged is durable, and all else is done again. The log says what did not end.
+    """
+
+    def watch() -> None:
+        stop.wait()
+        time.sleep(limit_s)
+        log.error(
+            "stop.cut",
+            after_s=limit_s,
+            unfinished="; ".join(_unfinished()),
+            remedy="see why that does not answer; what was acknowledged is safe",
+        )
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end in time", daemon=True).start()
+
+
+def _unfinished() -> Iterator[str]:
+    """Say of each thread that keeps the process from ending where in our code it is."""
+    frames = sys._current_frames()  # noqa: SLF001 - the only way to look at another thread
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0)
+        if frame is None or (thread.daemon and thread is not threading.main_thread()):
+            continue
+        ours = [
+            one.f_code for one, _ in traceback.walk_stack(frame) if str(one.f_globals.get("__package__") or "").partition(".")[0] in _OURS
+        ]
+        where = f"{ours[0].co_qualname} of {Path(ours[0].co_filename).name}" if ours else frame.f_code.co_qualname
+        yield f"{thread.name} in {where}"

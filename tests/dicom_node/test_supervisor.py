@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,23 @@ def test_a_child_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Monke
     assert supervisor.states() == {"courier-0": "down"}
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert Path("/proc/self/fd").exists()
+
+
+def test_a_process_that_does_not_end_is_cut(tmp_path: Path) -> None:
+    """What waits for ever after a stop is left behind, and the log says where it stood; what ends in time is let alone."""
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import sys, threading\n"
+        "from dicom_node.supervisor import end_in_time\n"
+        "stop = threading.Event()\n"
+        "stop.set()\n"
+        "end_in_time(stop, 0.2)\n"
+        "if sys.argv[1] == 'hangs':\n"
+        "    threading.Event().wait()\n"
+    )
+    hung = subprocess.run([sys.executable, str(script), "hangs"], capture_output=True, text=True, timeout=60, check=False)
+    assert hung.returncode == 1
+    assert "stop.cut" in hung.stdout
+    assert "MainThread in " in hung.stdout
+    good = subprocess.run([sys.executable, str(script), "ends"], capture_output=True, text=True, timeout=60, check=False)
+    assert (good.returncode, good.stdout) == (0, "")

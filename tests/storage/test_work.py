@@ -331,16 +331,25 @@ def test_an_operator_requeues(database: Database, queue: WorkQueue, moment: Time
 
 
 def test_counts_and_age_for_metrics(database: Database, queue: WorkQueue, moment: Time) -> None:
-    """Every kind and state is counted; the age is that of the longest waiting due job, and delayed ones do not count."""
-    for uid in ("1.1", "1.2", "1.3"):
+    """Every kind and state is counted; the age is that of the oldest unfinished job, whether it waits, waits for a retry or is held."""
+    for uid in ("1.1", "1.2"):
         add(database, queue, uid)
-    queue.finish(claimed(queue), {})
+        moment.passes(1)
     queue.fail(claimed(queue), "later", retryable=True)
+    moment.passes(1)
+    queue.finish(claimed(queue), {})
+    assert queue.oldest_unfinished_s() == {ANALYSE: 3.0, DELIVER: 0.0, ARCHIVE: 0.0}
+    moment.passes(60)
+    held = claimed(queue)
+    assert held.sop_instance_uid == "1.1"
+    add(database, queue, "1.3")
+    assert queue.oldest_unfinished_s()[ANALYSE] == 63.0
+    queue.finish(held, {})
     moment.passes(4)
-    assert queue.oldest_ready_s() == {ANALYSE: 4.0, DELIVER: 0.0, ARCHIVE: 0.0}
+    assert queue.oldest_unfinished_s()[ANALYSE] == 4.0
     counts = queue.counts()
     assert len(counts) == len(JobKind) * len(JobState)
-    assert {key: number for key, number in counts.items() if number} == {(ANALYSE, JobState.READY): 2, (ANALYSE, JobState.DONE): 1}
+    assert {key: number for key, number in counts.items() if number} == {(ANALYSE, JobState.READY): 1, (ANALYSE, JobState.DONE): 2}
 
 
 @pytest.mark.parametrize("step", [-3600, -10 * 365 * 86400])
