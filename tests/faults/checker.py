@@ -131,12 +131,17 @@ def _not_before(case: _Case, state: State) -> Iterable[Violation]:
 
 def _final(case: _Case, state: State) -> Iterable[Violation]:
     contents: dict[str, set[str]] = defaultdict(set)
-    for entry in (*case.of["concluded"], *case.of["delivered"]):
-        contents[entry.uid].add(entry.sha256)
+    for entry in case.entries:
+        if entry.event in ("concluded", "delivered"):
+            if contents[entry.uid] and entry.sha256 not in contents[entry.uid]:
+                yield Violation("P3", entry.uid, "one report UID, several contents")
+            contents[entry.uid].add(entry.sha256)
+        elif entry.event in ("erasing", "erased"):
+            contents.pop(entry.uid, None)  # what comes after an erasure may be another picture under the same UID
     for uid, found in contents.items():
         if len(found) > 1:
-            yield Violation("P3", uid, "one report UID, several contents")
-        elif uid not in case.erased_at and (held := state.instances.get(uid)) is not None and held.sha256 not in found:
+            continue
+        if uid not in case.erased_at and (held := state.instances.get(uid)) is not None and held.sha256 not in found:
             yield Violation("P3", uid, "the archived report is not the one that was made or delivered")
         elif uid not in case.erased_at and held is None and _source_erased(case, uid) is False:
             yield Violation("P3", uid, "a report was made or delivered and is not archived")

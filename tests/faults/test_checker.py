@@ -92,6 +92,20 @@ def test_a_doctored_history_is_caught(promise: str, entry: Entry) -> None:
     assert promise in promises(check(history(entry), state()))
 
 
+def test_another_picture_after_an_erasure_has_another_report() -> None:
+    """What was erased may come again under its UID with other content, and so may its report; without the erasure that breaks P3."""
+    again = Entry("concluded", 600, 1, REPORT, "ff", {"source": SOURCE})
+    erased = (
+        Entry("erasing", 500, 1, SOURCE),
+        Entry("erasing", 501, 1, REPORT),
+        Entry("erased", 510, 1, SOURCE),
+        Entry("erased", 511, 1, REPORT),
+    )
+    told = "one report UID, several contents"
+    assert told in [one.words for one in check(history(again), state())]
+    assert told not in [one.words for one in check(history(*erased, again), state())]
+
+
 def refused_after_healing() -> list[Entry]:
     """The node is healed, and refuses all the same."""
     events = (
