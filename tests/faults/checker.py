@@ -201,7 +201,10 @@ def _secret(case: _Case, state: State) -> Iterable[Violation]:
     for where in state.plaintext:
         yield Violation("P5", "", f"plaintext in {where}")
     for uid, order in case.erased_at.items():
-        if uid in state.instances and not any(entry.order > order and entry.event in _BRINGS for entry in case.by_uid[uid]):
+        # a report may be back unsaid, by an analysis killed after its commit, when its picture was sent again
+        pictures = [source for source, made in state.reports.items() if uid in {report for report, _ in made}]
+        after = [entry for name in (uid, *pictures) for entry in case.by_uid[name] if entry.order > order]
+        if uid in state.instances and not any(entry.event in _BRINGS for entry in after):
             yield Violation("P5", uid, "erased and still there")
 
 

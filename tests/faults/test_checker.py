@@ -106,6 +106,20 @@ def test_another_picture_after_an_erasure_has_another_report() -> None:
     assert told not in [one.words for one in check(history(*erased, again), state())]
 
 
+def test_a_report_is_back_after_its_picture_was_sent_again() -> None:
+    """An analysis killed after its commit says nothing; its report is no rest of what was erased when the picture came again."""
+    erased = (
+        Entry("erasing", 500, 1, SOURCE),
+        Entry("erasing", 501, 1, REPORT),
+        Entry("erased", 510, 1, SOURCE),
+        Entry("erased", 511, 1, REPORT),
+    )
+    told = "erased and still there"
+    assert [one.uid for one in check(history(*erased), state()) if one.words == told] == [SOURCE, REPORT]
+    again = (Entry("sent", 600, 1, SOURCE, PICTURE), Entry("acked", 610, 1, SOURCE, PICTURE))
+    assert [one.uid for one in check(history(*erased, *again), state()) if one.words == told] == []
+
+
 def refused_after_healing() -> list[Entry]:
     """The node is healed, and refuses all the same."""
     events = (
