@@ -1,0 +1,669 @@
+"""TLS of the DIMSE door and of our own calls: contexts that follow their files, who stands behind a certificate, faults in words.
+
+The profile is BCP 195: TLS 1.3, and TLS 1.2 with ephemeral keys and authenticated encryption alone; no compression, no renegotiation, no
+resumption that would skip a revocation list. Nothing here can switch verification off.
+
+References
+----------
+DICOM PS3.15 Annex B (BCP 195 RFC 8996, 9325 TLS Secure Transport Connection Profile), RFC 9325 (BCP 195), RFC 5280 (certificates, CRLs)
+"""
+
+from __future__ import annotations
+
+import re
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from dicom_node.errors import PeerUnreachable, StartError
+
+log = structlog.get_logger(__name__)
+
+CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL:!eNULL@SECLEVEL=2"
+"""Suites of TLS 1.2. Security level 2 of OpenSSL also refuses RSA below 2048 bits and SHA-1 in certificates."""
+WARNED_AHEAD: Final = timedelta(days=30)
+_WARNED_AGAIN: Final = timedelta(hours=24)
+_CONTEXT_USES: Final = 1_000
+_CONTEXT_S: Final = 600.0
+_PEM_BYTES: Final = 16 * 1024**2
+_SUBJECT: Final = 256
+_FINGERPRINT: Final = re.compile(r"(?:sha-?256(?:[ _]fingerprint)?[:=])?((?:[0-9a-f]{2}[: ]?){31}[0-9a-f]{2})", re.IGNORECASE)
+_ANY_PURPOSE: Final = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE
+
+ClientCertificate = Literal["required", "optional", "none"]
+Stamp = tuple[int, int, int] | None
+
+
+class Fault(NamedTuple):
+    """Why a handshake came to nothing."""
+
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}"
+
+
+class UnusableFile(Exception):
+    """A certificate, key or revocation list cannot be used; the message names the file, the fault and the remedy."""
+
+
+class ServerTls:
+    """TLS of a door: the certificate it shows and whose certificates it asks for.
+
+    The files are looked at again every `watch_s` seconds when a context is asked for. A pair that cannot be used is refused with an
+    error in the log, and the one before stays; connections made with that go on as they are. A revocation list that cannot be read,
+    or is past its next update, closes the door to every certificate until it is replaced.
+
+    Parameters
+    ----------
+    certificate, key
+        PEM: our certificate with its intermediates, leaf first; its private key, not encrypted.
+    authorities
+        PEM: who may vouch for callers.
+    client
+        Whether a caller must, may or need not show a certificate.
+    revocations
+        PEM: certificate revocation lists, one for each authority of every chain. None: revocation is not checked.
+    watch_s
+        How often to look at the files, in seconds.
+
+    Raises
+    ------
+    StartError
+        The files cannot be used, or do not fit `client`.
+    """
+
+    def __init__(
+        self,
+        certificate: Path,
+        key: Path,
+        *,
+        authorities: Path | None = None,
+        client: ClientCertificate = "required",
+        revocations: Path | None = None,
+        watch_s: float = 1.0,
+    ) -> None:
+        self._certificate, self._key, self._authorities, self._revocations, self._client = (
+            certificate,
+            key,
+            authorities,
+            revocations,
+            client,
+        )
+        if client != "none" and authorities is None:
+            raise StartError("TLS asks callers for certificates, and no authorities are named that may vouch for them; name their file")
+        if client == "none" and revocations is not None:
+            raise StartError("a revocation list is named, and callers are asked for no certificates; ask for them, or name no list")
+        self._started = False
+        self._files = _Files((certificate, key, authorities, revocations), self._build, watch_s=watch_s, keep=self._keep)
+        self._started = True
+        self._calendar = _Calendar()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for the next handshake: that of the newest usable files."""
+        return self._files.current().context
+
+    def expires_at(self) -> datetime:
+        """Return when our certificate ends."""
+        return self._files.current().expires_at
+
+    def warnings(self, now: datetime | None = None) -> list[str]:
+        """Say what ends within 30 days or has ended, as sentences; each again after 24 hours. To be asked for now and then."""
+        return self._calendar.due(self._files.current().ends, now or datetime.now(UTC))
+
+    def _build(self, changed: bool) -> _Secured:
+        chain = _certificates(self._certificate)
+        _check_own(self._certificate, chain[0], ExtendedKeyUsageOID.SERVER_AUTH, "serverAuth", expired=changed)
+        context = _context(ssl.PROTOCOL_TLS_SERVER)
+        _load_pair(context, self._certificate, self._key)
+        ends = [_End(f"our certificate {self._certificate}", chain[0].not_valid_after_utc)]
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET
+        if self._client != "none" and self._authorities is not None:
+            context.verify_mode = ssl.CERT_REQUIRED if self._client == "required" else ssl.CERT_OPTIONAL
+            ends += _trust(context, self._authorities)
+        if self._revocations is not None:
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_CHAIN
+            try:
+                ends += _revoke(context, self._revocations)
+            except UnusableFile as fault:
+                if not self._started:
+                    raise
+                # The list decides who is let in: without it, nobody. OpenSSL refuses what it finds no list for.
+                log.error("tls.revocations_unusable", reason=f"{fault}. Until then no certificate is accepted")  # noqa: TRY400
+        return _Secured(context, chain[0].not_valid_after_utc, tuple(ends))
+
+    def _keep(self, made: _Secured) -> _Secured:
+        """Keep the context before, since the new files cannot be used; but never against a newer revocation list."""
+        if self._revocations is not None:
+            try:
+                _revoke(made.context, self._revocations)  # OpenSSL takes the newest list that it holds of an authority
+            except UnusableFile as fault:
+                log.error("tls.revocations_unusable", reason=f"{fault}. Until then nobody is let in")  # noqa: TRY400
+                return replace(made, context=_context(ssl.PROTOCOL_TLS_SERVER))  # without a certificate: every handshake fails
+        return made
+
+
+class ClientTls:
+    """TLS of our calls: whom we believe, and the certificate we show. The files are followed as `ServerTls` does.
+
+    Parameters
+    ----------
+    authorities
+        PEM: who may vouch for peers; a peer's own self-signed certificate is its own authority.
+    certificate, key
+        PEM: ours, for peers that ask for one. None: we show none.
+    watch_s
+        How often to look at the files, in seconds.
+
+    Raises
+    ------
+    StartError
+        The files cannot be used.
+    """
+
+    def __init__(self, authorities: Path, certificate: Path | None = None, key: Path | None = None, *, watch_s: float = 1.0) -> None:
+        if (certificate is None) != (key is None):
+            raise StartError("a certificate needs its private key, and a key its certificate; name both files, or none")
+        self._authorities, self._certificate, self._key = authorities, certificate, key
+        self._files = _Files((authorities, certificate, key), self._build, watch_s=watch_s)
+        self._calendar = _Calendar()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for the next call."""
+        return self._files.current().context
+
+    def expires_at(self) -> datetime | None:
+        """Return when the certificate we show ends; None when we show none."""
+        return self._files.current().expires_at if self._certificate is not None else None
+
+    def warnings(self, now: datetime | None = None) -> list[str]:
+        """As `ServerTls.warnings`."""
+        return self._calendar.due(self._files.current().ends, now or datetime.now(UTC))
+
+    def secure(self, connection: socket.socket, *, host: str, certificate: str = "", timeout_s: float = 10.0) -> ssl.SSLSocket:
+        """Make the handshake on a connected socket. Returns the TLS socket, non-blocking.
+
+        Parameters
+        ----------
+        connection
+            Connected; closed when the handshake fails.
+        host
+            The name or address that the peer's certificate must bear.
+        certificate
+            What else it must be, see `matches`; empty: nothing.
+        timeout_s
+            Longest time for the whole handshake.
+
+        Raises
+        ------
+        PeerUnreachable
+            The handshake failed: why, and what to do.
+        """
+        deadline = time.monotonic() + timeout_s
+        connection.setblocking(False)
+        try:
+            secured = self.context().wrap_socket(
+                connection, server_hostname=host, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+        except (OSError, ValueError) as error:
+            connection.close()
+            raise PeerUnreachable(f"TLS with {host} cannot begin ({error}); correct the host of its [[peers]] entry") from error
+        try:
+            _shake_hands(secured, deadline)
+        except OSError as error:
+            secured.close()
+            raise PeerUnreachable(f"TLS with {host}: {handshake_fault(error, calling=True)}") from error
+        shown = peer_certificate(secured)
+        if certificate and (shown is None or not matches(certificate, shown)):
+            secured.close()
+            found = "none" if shown is None else shown.fingerprint_sha256
+            raise PeerUnreachable(
+                f"TLS with {host}: its certificate is not the configured one; "
+                f"if it was renewed, set certificate of its [[peers]] entry to {found}"
+            )
+        return secured
+
+    def _build(self, changed: bool) -> _Secured:
+        context = _context(ssl.PROTOCOL_TLS_CLIENT)  # verifies, and compares the host name, from the start
+        context.hostname_checks_common_name = False
+        ends = _trust(context, self._authorities)
+        expires_at = datetime.max.replace(tzinfo=UTC)
+        if self._certificate is not None and self._key is not None:
+            own = _certificates(self._certificate)[0]
+            _check_own(self._certificate, own, ExtendedKeyUsageOID.CLIENT_AUTH, "clientAuth", expired=changed)
+            _load_pair(context, self._certificate, self._key)
+            expires_at = own.not_valid_after_utc
+            ends.append(_End(f"our certificate {self._certificate}", expires_at))
+        return _Secured(context, expires_at, tuple(ends))
+
+
+def _shake_hands(secured: ssl.SSLSocket, deadline: float) -> None:
+    poller = select.poll()
+    while True:
+        try:
+            secured.do_handshake()
+        except ssl.SSLWantReadError:
+            poller.register(secured, select.POLLIN)
+        except ssl.SSLWantWriteError:
+            poller.register(secured, select.POLLOUT)
+        else:
+            return
+        left = deadline - time.monotonic()
+        if left <= 0 or not poller.poll(left * 1000):
+            raise TimeoutError("no end of the TLS handshake in time")
+
+
+# Who is on the other side
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCertificate:
+    """A certificate that the other side showed and that was verified."""
+
+    fingerprint_sha256: str
+    """64 lower-case hexadecimal digits."""
+    subject: str
+    """For people: at most 256 characters."""
+    names: tuple[str, ...]
+    """DNS names and URIs of the Subject Alternative Name, then common names."""
+    not_after: datetime
+
+
+def peer_certificate(connection: ssl.SSLSocket) -> PeerCertificate | None:
+    """Return the certificate that the peer of a finished handshake showed; None when it showed none."""
+    encoded = connection.getpeercert(binary_form=True)
+    decoded = connection.getpeercert()
+    if not encoded or not decoded:
+        return None
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(encoded)
+    subject = [pair for rdn in _pairs(decoded.get("subject")) for pair in _pairs(rdn)]
+    alternative = [pair for pair in _pairs(decoded.get("subjectAltName")) if pair[0] in ("DNS", "URI")]
+    names = [str(pair[1]) for pair in alternative] + [str(pair[1]) for pair in subject if pair[0] == "commonName"]
+    return PeerCertificate(
+        fingerprint_sha256=digest.finalize().hex(),
+        subject=", ".join(f"{name}={value}" for name, value in subject)[:_SUBJECT],
+        names=tuple(dict.fromkeys(names)),
+        not_after=datetime.fromtimestamp(ssl.cert_time_to_seconds(str(decoded["notAfter"])), UTC),
+    )
+
+
+def _pairs(value: object) -> tuple[tuple[str, str], ...]:
+    return value if isinstance(value, tuple) else ()
+
+
+def certificate_setting(value: str) -> str:
+    """Return what `matches` compares with, in one spelling: a fingerprint as 64 lower-case digits, a name as it is.
+
+    Raises
+    ------
+    ValueError
+        It can be neither.
+    """
+    text = value.strip()
+    found = _FINGERPRINT.fullmatch(text)
+    if found:
+        return re.sub(r"[: ]", "", found[1]).lower()
+    compact = re.sub(r"[: ]", "", text)
+    if (len(compact) >= 32 and re.fullmatch(r"[0-9A-Fa-f]+", compact)) or text.lower().startswith(("sha256", "sha-256", "sha1", "sha-1")):
+        raise ValueError("a fingerprint is SHA-256, 64 hexadecimal digits: openssl x509 -noout -fingerprint -sha256 -in certificate.pem")
+    if any(character.isspace() or not character.isprintable() for character in text):
+        raise ValueError("give the SHA-256 fingerprint of the certificate, or one of its names without spaces")
+    return text
+
+
+def matches(configured: str, certificate: PeerCertificate) -> bool:
+    """Whether a certificate is the one that the configuration means.
+
+    Parameters
+    ----------
+    configured
+        SHA-256 fingerprint, with or without colons; or a DNS name, URI or common name of the certificate, without regard to case.
+        Empty, or malformed: matches nothing.
+    certificate
+        A verified one.
+    """
+    try:
+        wanted = certificate_setting(configured)
+    except ValueError:
+        return False
+    if not wanted:
+        return False
+    return wanted == certificate.fingerprint_sha256 or any(wanted.casefold() == name.casefold() for name in certificate.names)
+
+
+# Faults in words
+
+_VERIFICATION: Final[dict[int, Fault]] = {
+    # X509_V_ERR_*: what is wrong with the other side's certificate
+    3: Fault("there is no usable revocation list of an authority of its chain", "put a current list of each authority into the file"),
+    8: Fault("the revocation list is not signed by the authority", "fetch the list anew from the authority"),
+    9: Fault("its certificate is not valid yet", "compare the clocks of both sides"),
+    10: Fault("its certificate has expired", "it needs a new one"),
+    11: Fault("the revocation list is not valid yet", "compare our clock with the authority's"),
+    12: Fault("the revocation list is past its next update", "fetch a current list; until then no certificate is accepted"),
+    18: Fault("its certificate is self-signed and not among the authorities", "if it is the right one, add it to the authorities' file"),
+    19: Fault("its certificate comes of an authority we do not know", "if it may vouch for peers, add it to the authorities' file"),
+    20: Fault("its certificate comes of an authority we do not know", "if it may vouch for peers, add it to the authorities' file"),
+    21: Fault(
+        "its certificate comes without the intermediate ones",
+        "it must send the whole chain, or add the intermediate to the authorities' file",
+    ),
+    23: Fault("its certificate is revoked", "it needs a new one"),
+    24: Fault("a certificate of its chain is no authority's", "it needs a certificate of a proper authority"),
+    26: Fault("its certificate is not for this use (Extended Key Usage)", "a caller's must allow clientAuth, a receiver's serverAuth"),
+    62: Fault(
+        "its certificate is of another host name", "call it by a name of the certificate, or have its name added (Subject Alternative Name)"
+    ),
+    64: Fault(
+        "its certificate is of another address",
+        "call it by a name of the certificate, or have its address added (Subject Alternative Name)",
+    ),
+    66: Fault("the key of its certificate is too short", "it needs RSA of 2048 bits or more, or an elliptic curve"),
+    67: Fault("the key of its authority is too short", "the authority needs RSA of 2048 bits or more, or an elliptic curve"),
+    68: Fault("its certificate is signed with a broken digest (SHA-1 or MD5)", "it needs one signed with SHA-256 or better"),
+}
+_PLAIN: Final = Fault("what came is no TLS", "one side speaks plain DICOM: switch TLS on there, or off for this port or peer")
+_VERSION: Final = Fault("it speaks only TLS 1.1 or older", "update it: BCP 195 allows TLS 1.2 and 1.3")
+_SUITE: Final = Fault(
+    "no cipher suite in common", "it needs TLS 1.3, or TLS 1.2 with ECDHE and AES-GCM or ChaCha20 (profile BCP 195; in DCMTK +py)"
+)
+_NO_CERTIFICATE: Final = Fault("it showed no certificate", "give it a certificate and key of an authority that we know")
+_OURS_UNKNOWN: Final = Fault("it does not know the authority of our certificate", "give it the certificate of our authority")
+_OURS_REFUSED: Final = Fault(
+    "it does not accept our certificate", "its log says why; check that it knows our authority, and the certificate's names and dates"
+)
+_REASONS: Final[dict[str, Fault]] = {
+    "WRONG_VERSION_NUMBER": _PLAIN,
+    "HTTP_REQUEST": Fault("what came is HTTP", "this port speaks DICOM over TLS; DICOMweb has a port of its own"),
+    "HTTPS_PROXY_REQUEST": Fault("what came is HTTP", "this port speaks DICOM over TLS; DICOMweb has a port of its own"),
+    "RECORD_LAYER_FAILURE": _PLAIN,
+    "PACKET_LENGTH_TOO_LONG": _PLAIN,
+    "RECORD_TOO_SMALL": _PLAIN,
+    "BAD_RECORD_TYPE": _PLAIN,
+    "INVALID_RECORD_TYPE": _PLAIN,
+    "UNEXPECTED_RECORD": _PLAIN,
+    "UNKNOWN_PROTOCOL": _PLAIN,
+    "UNSUPPORTED_PROTOCOL": _VERSION,
+    "VERSION_TOO_LOW": _VERSION,
+    "TLSV1_ALERT_PROTOCOL_VERSION": Fault("it does not accept TLS 1.2 or 1.3", _VERSION.remedy),
+    "NO_SHARED_CIPHER": _SUITE,
+    "NO_SUITABLE_SIGNATURE_ALGORITHM": _SUITE,
+    "NO_SHARED_SIGNATURE_ALGORITHMS": _SUITE,
+    "NO_SUITABLE_GROUPS": _SUITE,
+    "NO_SUITABLE_KEY_SHARE": _SUITE,
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": Fault(
+        "it found nothing in common, or wants a certificate of ours", f"give us one that it knows; else: {_SUITE.remedy}"
+    ),
+    "TLSV1_ALERT_INSUFFICIENT_SECURITY": _SUITE,
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": _NO_CERTIFICATE,
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": Fault(
+        "it wants a certificate of ours", "configure a certificate and key of an authority that it knows"
+    ),
+    "TLSV1_ALERT_UNKNOWN_CA": _OURS_UNKNOWN,
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": Fault("it says that our certificate has expired", "renew our certificate, and compare the clocks"),
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": Fault("it says that our certificate is revoked", "get a new certificate for us"),
+    "SSLV3_ALERT_BAD_CERTIFICATE": _OURS_REFUSED,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": _OURS_REFUSED,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": _OURS_REFUSED,
+    "TLSV1_ALERT_ACCESS_DENIED": _OURS_REFUSED,
+    "SSLV3_ALERT_NO_CERTIFICATE": _OURS_REFUSED,
+    "TLSV1_ALERT_DECRYPT_ERROR": _OURS_REFUSED,
+    "EE_KEY_TOO_SMALL": _VERIFICATION[66],
+    "CA_KEY_TOO_SMALL": _VERIFICATION[67],
+    "CA_MD_TOO_WEAK": _VERIFICATION[68],
+    "WRONG_SIGNATURE_TYPE": _SUITE,
+    "DH_KEY_TOO_SMALL": _SUITE,
+    "TLSV1_ALERT_NO_RENEGOTIATION": Fault("it wanted to renegotiate", "that is not allowed; update it"),
+    "NO_RENEGOTIATION": Fault("it wanted to renegotiate", "that is not allowed; update it"),
+}
+
+
+def handshake_fault(error: OSError, *, calling: bool = False) -> Fault:
+    """Say in words why a TLS handshake failed, and what to do.
+
+    Parameters
+    ----------
+    error
+        What the handshake, or the first reading after it, raised.
+    calling
+        Whether we called.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        known = _VERIFICATION.get(error.verify_code)
+        return known or Fault(
+            f"its certificate cannot be verified ({error.verify_message})", "its certificate and the authorities must fit"
+        )
+    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
+    if reason in _REASONS:
+        return _REASONS[reason]
+    gone = "it speaks plain DICOM on this port, or it refuses us: its log says why"
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionError):
+        return Fault(
+            "it closed the connection within the TLS handshake", gone if calling else "look at its log: does it know our authority?"
+        )
+    if isinstance(error, TimeoutError):
+        return Fault("it did not finish the TLS handshake in time", gone if calling else "does it speak TLS?")
+    return Fault(f"the TLS handshake failed ({reason.replace('_', ' ').lower() or error.strerror or 'no reason'})", "look at both logs")
+
+
+# Files and what is made of them
+
+
+class _End(NamedTuple):
+    what: str
+    when: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class _Secured:
+    context: ssl.SSLContext
+    expires_at: datetime
+    ends: tuple[_End, ...]
+
+
+class _Files:
+    """Keeps what was made of files, and makes it anew when they change.
+
+    Also after so many uses and so much time: a context of OpenSSL remembers sessions of TLS 1.2, which Python cannot forbid.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[Path | None],
+        build: Callable[[bool], _Secured],
+        *,
+        watch_s: float,
+        keep: Callable[[_Secured], _Secured] = lambda made: made,
+    ) -> None:
+        self._watched = [path for path in files if path is not None]
+        self._build = build
+        self._keep = keep
+        self._watch_s = watch_s
+        self._lock = threading.Lock()
+        self._seen = self._taken = self._look()
+        try:
+            self._made = build(True)
+        except UnusableFile as fault:
+            raise StartError(str(fault)) from fault
+        self._looked_at = self._made_at = time.monotonic()
+        self._uses = 0
+
+    def current(self) -> _Secured:
+        """Return what the newest usable files make."""
+        with self._lock:
+            now = time.monotonic()
+            changed = False
+            if now - self._looked_at >= self._watch_s:
+                self._looked_at = now
+                seen = self._look()
+                changed, self._seen = seen != self._seen, seen
+            self._uses += 1
+            if changed or self._uses > _CONTEXT_USES or now - self._made_at > _CONTEXT_S:
+                self._uses, self._made_at = 0, now
+                self._make()
+            return self._made
+
+    def _make(self) -> None:
+        changed = self._seen != self._taken
+        try:
+            self._made = self._build(changed)
+        except UnusableFile as fault:
+            log.error("tls.files_refused", reason=f"{fault}. What was loaded before stays in use")  # noqa: TRY400 - the fault is the file's
+            self._made = self._keep(self._made)
+            return
+        self._taken = self._seen
+        if changed:
+            log.info("tls.reloaded", expires_at=self._made.expires_at.isoformat())
+
+    def _look(self) -> list[Stamp]:
+        return [_stamp(path) for path in self._watched]
+
+
+class _Calendar:
+    """Remembers of which end was warned when."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._warned: dict[_End, datetime] = {}
+
+    def due(self, ends: Iterable[_End], now: datetime) -> list[str]:
+        """Return a sentence for each end that is near and was not told of within a day."""
+        near = [end for end in ends if end.when - now <= WARNED_AHEAD]
+        with self._lock:
+            due = [end for end in near if end not in self._warned or now - self._warned[end] >= _WARNED_AGAIN]
+            self._warned = {end: now if end in due else self._warned[end] for end in near}
+        return [_sentence(end, now) for end in due]
+
+
+def _sentence(end: _End, now: datetime) -> str:
+    day = f"{end.when:%Y-%m-%d %H:%M} UTC"
+    if end.when <= now:
+        return f"{end.what} ended on {day}; replace the file, it is taken up without a restart"
+    left = end.when - now
+    when = f"in {left.days} days" if left.days > 1 else f"in {int(left.total_seconds() // 3600)} hours"
+    return f"{end.what} ends {when}, on {day}; replace the file, it is taken up without a restart"
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _context(protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(CIPHERS)
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN  # an issuing authority may be named without its root
+    return context
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnusableFile(f"{path} cannot be read ({error.strerror}); correct its path or permissions") from error
+    if len(data) > _PEM_BYTES:
+        raise UnusableFile(f"{path} is larger than certificates or lists are; name the right file")
+    return data
+
+
+def _certificates(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(_read(path))
+    except ValueError as error:
+        raise UnusableFile(f"{path} holds no certificates in PEM form; convert it: openssl x509 -inform DER -in ... -out {path}") from error
+
+
+def _check_own(path: Path, certificate: x509.Certificate, purpose: x509.ObjectIdentifier, name: str, *, expired: bool) -> None:
+    """Refuse a certificate of ours that every peer would refuse, in words; `expired`: also one that has ended."""
+    now = datetime.now(UTC)
+    if expired and certificate.not_valid_after_utc <= now:
+        raise UnusableFile(f"the certificate {path} ended on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC; put a new one there")
+    if certificate.not_valid_before_utc > now:
+        raise UnusableFile(f"the certificate {path} begins on {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; correct the clock")
+    key = certificate.public_key()
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size < 2048:
+        raise UnusableFile(f"the certificate {path} has an RSA key of {key.key_size} bits; peers refuse less than 2048")
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.key_size < 224:
+        raise UnusableFile(f"the certificate {path} has an elliptic curve of {key.key_size} bits; use P-256 or larger")
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return
+    if purpose not in usage and _ANY_PURPOSE not in usage:
+        raise UnusableFile(f"the certificate {path} is not for this use: its Extended Key Usage lacks {name}; have it issued with that")
+
+
+def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    def no_password() -> str:
+        raise UnusableFile(f"the key {key} is encrypted; put it there without a password, readable by the node alone")
+
+    _read(key)
+    try:
+        context.load_cert_chain(certificate, key, password=no_password)
+    except ssl.SSLError as error:
+        reason = error.reason or ""
+        if reason == "KEY_VALUES_MISMATCH":
+            raise UnusableFile(f"the key {key} is not that of the certificate {certificate}; put both of one pair there") from error
+        if reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
+            raise UnusableFile(f"the certificate {certificate} is too weak: {_REASONS[reason].reason}") from error
+        raise UnusableFile(f"{certificate} and {key} cannot be loaded ({reason or error}); both must be PEM") from error
+    except OSError as error:
+        raise UnusableFile(f"{certificate} or {key} cannot be read ({error.strerror}); correct path or permissions") from error
+
+
+def _trust(context: ssl.SSLContext, path: Path) -> list[_End]:
+    authorities = _certificates(path)
+    now = datetime.now(UTC)
+    if all(authority.not_valid_after_utc <= now for authority in authorities):
+        raise UnusableFile(f"every authority in {path} has ended; put the current ones there")
+    try:
+        context.load_verify_locations(cadata=_read(path).decode("ascii", "ignore"))
+    except ssl.SSLError as error:
+        raise UnusableFile(f"the authorities in {path} cannot be loaded ({error.reason}); they must be certificates in PEM form") from error
+    return [_End(f"authority {_brief(authority)} in {path}", authority.not_valid_after_utc) for authority in authorities]
+
+
+def _revoke(context: ssl.SSLContext, path: Path) -> list[_End]:
+    blocks = re.findall(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", _read(path), re.DOTALL)
+    if not blocks:
+        raise UnusableFile(f"{path} holds no revocation list in PEM form; convert it: openssl crl -inform DER -in ... -out {path}")
+    ends = []
+    for block in blocks:
+        try:
+            revocations = x509.load_pem_x509_crl(block)
+            issuer, update = revocations.issuer.rfc4514_string()[:_SUBJECT], revocations.next_update_utc
+        except ValueError as error:
+            raise UnusableFile(f"a revocation list in {path} cannot be read; fetch it anew from its authority") from error
+        if update is None:
+            raise UnusableFile(f"the revocation list of {issuer} in {path} has no next update; whether it is current cannot be told")
+        ends.append(_End(f"the revocation list of {issuer} in {path}", update))
+    try:
+        context.load_verify_locations(cafile=path)
+    except (ssl.SSLError, OSError) as error:
+        raise UnusableFile(f"the revocation lists in {path} cannot be loaded; fetch them anew from their authorities") from error
+    return ends
+
+
+def _brief(certificate: x509.Certificate) -> str:
+    return certificate.subject.rfc4514_string()[:_SUBJECT]
