@@ -14,6 +14,7 @@ and use the indexes for prefixes.
 
 from __future__ import annotations
 
+import getpass
 import ipaddress
 import logging
 import os
@@ -59,9 +60,24 @@ _WORDS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (("57014",), "the database took too long over a statement: look at its load, then try again"),
     (("25P03",), "the transaction stood still for too long, and the database ended it: try again"),
     (("40P01", "40001"), "two sessions were in each other's way and the database undid one: try again"),
-    (("3D000",), "the database server has no database of this name: create it (createdb), or correct database.url"),
+    (("3D000",), "the server has no such database ({who}): create it (createdb), or correct database.url"),
     (("28-TLS",), "the database server's certificate does not prove who it is: check sslrootcert, and the host's name in database.url"),
-    (("28",), "the database server refuses the user or the password: check database.url, PGPASSFILE and the server's pg_hba.conf"),
+    (
+        ("28-NONE",),
+        (
+            "the database asks for a password and none is given ({who}): set DICOM_NODE_DATABASE__PASSWORD, or "
+            "DICOM_NODE_DATABASE__PASSWORD_FILE with the name of a file that holds it"
+        ),
+    ),
+    (("28-ROLE",), "the database has no such user ({who}): create it (createuser), or correct the user in database.url"),
+    (("28-HBA",), "the database lets this machine not in ({who}): add a line for it to the server's pg_hba.conf, and reload it"),
+    (
+        ("28",),
+        (
+            "the database refuses the user or the password ({who}): correct DICOM_NODE_DATABASE__PASSWORD (or the file that "
+            "DICOM_NODE_DATABASE__PASSWORD_FILE names, database.password, PGPASSFILE) and the user in database.url"
+        ),
+    ),
     (("42501",), "the database user may not do this: make it the owner of the database, or grant it the schema"),
     (("08",), "the connection to the database was lost, or cannot be made: check the server and the network between; try again"),
 )
@@ -79,10 +95,11 @@ _AT_THE_DOOR: Final = (
     ("shutting down", "57P03"),
     ("session is read-only", "25006"),
     ("hot standby", "25006"),
+    ('role "', "28-ROLE"),
     ("does not exist", "3D000"),
     ("authentication failed", "28P01"),
-    ("no pg_hba.conf entry", "28000"),
-    ("no password supplied", "28P01"),
+    ("pg_hba.conf", "28-HBA"),
+    ("no password supplied", "28-NONE"),
     ("certificate", "28-TLS"),
 )
 _log = logging.getLogger(__name__)
@@ -282,8 +299,16 @@ class PostgresqlBackend:
         for table, kind in ((_WORDS, Unavailable), (_REFUSALS, IntegrityError)):
             for states, words in table:
                 if state.startswith(states):
-                    return kind(words)
+                    return kind(words.format(who=self._who()))
         return None
+
+    def _who(self) -> str:
+        """Say who wants to be let in where."""
+        given = self._parameters
+        user = given.get("user") or os.environ.get("PGUSER") or getpass.getuser()
+        host = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST") or "this machine"
+        name = given.get("dbname") or os.environ.get("PGDATABASE") or user
+        return f"user {user!r}, database {name!r} of {host}"
 
 
 class _Listener:

@@ -32,7 +32,7 @@ def sentences() -> Iterator[tuple[str, str]]:
                     case ast.JoinedStr(values=parts):
                         yield f"{module}:{node.lineno}", "".join(str(p.value) if isinstance(p, ast.Constant) else "12345" for p in parts)
     for states, text in (*postgresql._WORDS, *postgresql._REFUSALS):
-        yield f"postgresql:{states[0]}", text
+        yield f"postgresql:{states[0]}", text.format(who="user 'dicom_node', database 'dicom_node' of db.hospital.example")
 
 
 @pytest.mark.parametrize(("place", "text"), tuple(sentences()))

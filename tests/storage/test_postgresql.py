@@ -249,7 +249,10 @@ def test_who_is_not_let_in_is_told_why(postgresql_server: PostgresqlServer, plac
     """An unknown database or user, a server that is not there and a user without rights are named, without the password."""
     host = f"127.0.0.1:{postgresql_server.port}"
     for url, words in (
-        (f"postgresql://node:secret-word@{host}/nowhere", "no database of this name"),
+        (
+            f"postgresql://node:secret-word@{host}/nowhere",
+            r"no such database \(user 'node', database 'nowhere' of 127\.0\.0\.1\): create it",
+        ),
         ("postgresql://node:secret-word@127.0.0.1:1/node", "connection to the database"),
     ):
         database = Database(url=url, key=None)
@@ -263,6 +266,32 @@ def test_who_is_not_let_in_is_told_why(postgresql_server: PostgresqlServer, plac
     with pytest.raises(Unavailable, match="grant"):
         database.check()
     database.close()
+
+
+def test_a_wrong_password_names_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong, missing, an unknown user, a machine that may not come in: each its own sentence, with user, host and the setting to mend."""
+    monkeypatch.delenv("PGPASSFILE", raising=False)
+    with started(durable=False) as server:
+        server.execute("CREATE ROLE guarded LOGIN PASSWORD 'right-word'")
+        rules = server.folder / "data" / "pg_hba.conf"
+        kept = rules.read_text()
+        rules.write_text(f"host all guarded 127.0.0.1/32 scram-sha-256\nhost all outsider 127.0.0.1/32 reject\n{kept}")
+        server.execute("SELECT pg_reload_conf()")
+        where = f"127.0.0.1:{server.port}/postgres"
+        for user, words in (
+            (
+                "guarded:wrong-word",
+                r"refuses .*\(user 'guarded', database 'postgres' of 127\.0\.0\.1\): correct DICOM_NODE_DATABASE__PASSWORD \(",
+            ),
+            ("guarded", r"asks for a password .*user 'guarded'.*: set DICOM_NODE_DATABASE__PASSWORD, or"),
+            ("nobody-here", r"no such user .*user 'nobody-here'"),
+            ("outsider", r"user 'outsider'.*pg_hba\.conf"),
+        ):
+            database = Database(url=f"postgresql://{user}@{where}", key=None)
+            with pytest.raises(Unavailable, match=words) as caught:
+                database.check()
+            assert "wrong-word" not in f"{caught.value} {caught.value.__cause__}"
+            database.close()
 
 
 def test_a_server_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
