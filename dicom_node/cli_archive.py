@@ -250,9 +250,13 @@ def migrate(
         typer.echo(f"every table compared. The old database is retired: stop the node, and start it with --config {to}")
 
 
-def retention(config_file: ConfigOption = None) -> None:
+def retention(
+    confirm_clock: Annotated[bool, typer.Option("--confirm-clock", help="Say that the clock is right, where retention doubts it.")] = False,
+    config_file: ConfigOption = None,
+) -> None:
     """List the studies that retention would erase now, and changes nothing. The duty of that name erases them (care.retention_days)."""
     from dicom_node import storehouse
+    from storage.duties import Duties
 
     with faults_as_sentences():
         settings = settings_of(config_file)
@@ -260,11 +264,18 @@ def retention(config_file: ConfigOption = None) -> None:
             typer.echo("care.retention_days is 0: nothing is ever erased by itself")
             return
         with storehouse.storage(settings) as parts:
+            judge = parts.archive.retention(days=settings.care.retention_days)
+            duties = Duties(database=parts.database, holder=OPERATOR)
+            if confirm_clock:
+                duties.put("retention", cursor=judge.confirm_clock(actor=OPERATOR))
+                typer.echo("noted: what is due now is erased at the next round, within a minute")
             count = 0
-            for due in parts.archive.retention(days=settings.care.retention_days).due():
+            for due in judge.due():
                 typer.echo(f"{due.study_instance_uid}  newest instance {due.newest_at:%Y-%m-%d}  {due.instances} instances")
                 count += 1
             err.print(f"{count} due", style="dim")
+            if doubt := judge.doubt(judge.noted(next((duty.cursor for duty in duties.all() if duty.name == "retention"), ""))):
+                raise fail(doubt)
 
 
 def backup(

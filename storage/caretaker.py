@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from storage.database import utc_now
 from storage.errors import LeaseLost, StorageError
@@ -16,6 +16,7 @@ from storage.mover import Bandwidth, unobserved
 
 if TYPE_CHECKING:
     from datetime import datetime
+    from types import TracebackType
 
     from storage.archive import Archive
     from storage.duties import Duties, Duty
@@ -33,6 +34,10 @@ class _Stopped(Exception):
     """The work was stopped between two steps."""
 
 
+class _Held(Exception):
+    """The work is not to be done now; an operator is told why."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """A duty as the caretaker does it."""
@@ -40,10 +45,12 @@ class _Task:
     every_s: float
     run: Callable[[_Watch], object]
     """Does it; what it returns is told to people."""
+    remembers: bool = False
+    """Whether its cursor stays when a round ended well."""
 
 
 class _Watch:
-    """Keeps a duty in hand while it is done: renews it, remembers how far it came, holds the speed, notices the stop."""
+    """Keeps a duty in hand while it is done: renews it, from a thread of its own; holds the speed, notices the stop."""
 
     def __init__(self, duty: Duty, duties: Duties, stop: threading.Event, *, bandwidth: Bandwidth, renew_s: float) -> None:
         self.cursor = duty.cursor
@@ -52,25 +59,47 @@ class _Watch:
         self._stop = stop
         self._bandwidth = bandwidth
         self._renew_s = renew_s
-        self._renewed = time.monotonic()
+        self._lock = threading.Lock()
+        self._lost = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="duty", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def save(self, cursor: str) -> None:
         """Remember how far the duty came."""
-        self.cursor = cursor
-        self._duties.renew(self._name, cursor=cursor)
-        self._renewed = time.monotonic()
+        with self._lock:
+            self._duties.renew(self._name, cursor=cursor)
+            self.cursor = cursor
 
     def pace(self, byte_count: int) -> None:
         """Wait until so many bytes may have been read."""
         wait_s = self._bandwidth.take(byte_count)
         while True:
-            if time.monotonic() - self._renewed >= self._renew_s:
-                self.save(self.cursor)
+            if self._lost:
+                raise LeaseLost(f"another process took the duty {self._name}")
             if self._stop.wait(min(wait_s, self._renew_s)):
                 raise _Stopped
             wait_s -= self._renew_s
             if wait_s <= 0:
                 return
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._renew_s):
+            try:
+                with self._lock:
+                    self._duties.renew(self._name, cursor=self.cursor)
+            except LeaseLost:
+                self._lost = True
+                return
+            except StorageError as error:
+                _log.warning("duty.not_renewed", extra={"duty": self._name, "reason": str(error)})
 
 
 class Caretaker:
@@ -131,7 +160,7 @@ class Caretaker:
             "uploads": _Task(DAY_S, self._uploads),
         }
         if retention_days > 0:
-            tasks["retention"] = _Task(DAY_S, self._retention)
+            tasks["retention"] = _Task(DAY_S, self._retention, remembers=True)
         if scrub_days > 0:
             tasks["scrub"] = _Task(scrub_days * DAY_S, lambda watch: archive.scrub().round(watch.cursor, save=watch.save, pace=watch.pace))
         own = {"landing": _Task(HOUR_S, lambda _: f"{archive.sweep()} files of dead processes removed")}
@@ -175,10 +204,14 @@ class Caretaker:
         watch = _Watch(duty, self._duties, stop, bandwidth=bandwidth, renew_s=self._renew_s)
         began = time.monotonic()
         try:
-            outcome = str(task.run(watch))
+            with watch:
+                outcome = str(task.run(watch))
+        except _Held as error:
+            _log.error("duty.held", extra={"duty": duty.name, "reason": str(error)})
+            self._observe("duty.finished", duty=duty.name, failed=True, seconds=0.0)
+            self._duties.finish(duty.name, every_s=task.every_s, outcome=f"held: {error}", cursor=watch.cursor)
         except _Stopped:
             self._duties.finish(duty.name, every_s=0.0, outcome="stopped; it goes on where it was", cursor=watch.cursor)
-            return
         except LeaseLost:
             raise
         except StorageError as error:
@@ -187,7 +220,8 @@ class Caretaker:
             _log.exception("duty.failed", extra={"duty": duty.name})
             self._failed(duty, task, watch, type(error).__name__)
         else:
-            self._duties.finish(duty.name, every_s=task.every_s, outcome=outcome or "nothing to do")
+            cursor = watch.cursor if task.remembers else ""
+            self._duties.finish(duty.name, every_s=task.every_s, outcome=outcome or "nothing to do", cursor=cursor)
             _log.info("duty.finished", extra={"duty": duty.name, "outcome": outcome})
             self._observe("duty.finished", duty=duty.name, failed=False, seconds=time.monotonic() - began)
 
@@ -209,7 +243,13 @@ class Caretaker:
         return "a directory has none" if clean is None else f"{clean(self._clock() - self._orphan_grace)} uploads given up"
 
     def _retention(self, watch: _Watch) -> str:
-        return f"{self._archive.retention(days=self._retention_days).erase_due(pace=watch.pace)} studies erased"
+        retention = self._archive.retention(days=self._retention_days)
+        watch.save(retention.noted(watch.cursor))
+        if doubt := retention.doubt(watch.cursor):
+            retention.note_doubt(doubt)
+            raise _Held(doubt)
+        watch.save(retention.believed(watch.cursor))
+        return f"{retention.erase_due(pace=watch.pace)} studies erased"
 
     def _cache(self, _watch: _Watch) -> str:
         files, byte_count = self._places.cache.evict() if self._places.cache is not None else (0, 0)

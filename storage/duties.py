@@ -119,6 +119,18 @@ class Duties:
             },
         )
 
+    def put(self, name: str, *, cursor: str) -> None:
+        """Set by hand how far a duty came, and have it due now; who holds it gets :class:`LeaseLost`."""
+
+        def work(connection: Connection) -> None:
+            values = {"due_at": self._now(), "holder": "", "held_until": 0, "cursor": cursor}
+            if connection.execute(_FIND, {"duty": name}).first() is None:
+                connection.execute(insert(DUTIES).inline(), {"name": name, "outcome": "", **values})
+            else:
+                self._set(connection, name, values)
+
+        self._database.write(work)
+
     def all(self) -> list[Duty]:
         """Return every duty, by name."""
         with self._database.read() as connection:

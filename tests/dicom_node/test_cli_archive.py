@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from dicom_node import config, storehouse
 from dicom_node.cli import app
+from storage.duties import Duties
 from storage.keys import Ring
 
 LOST = "00000000000000aa"
@@ -49,3 +50,13 @@ def test_a_node_is_declared_lost(typed: Type) -> None:
     done = typed("nodes", "lost", LOST, "--yes")
     assert (done.exit_code, "declared lost: 0 found, 0 lost" in done.stdout) == (0, True)
     assert " lost " in typed("nodes").stdout
+
+
+def test_a_clock_that_is_doubted_is_confirmed(typed: Type) -> None:
+    """`retention` says that the clock is doubted and what to type; typed, it is believed."""
+    with opened() as parts:
+        Duties(database=parts.database, holder="").put("retention", cursor="2016-11-21T00:00:00+00:00")
+    doubted = typed("retention")
+    assert (doubted.exit_code, "retention --confirm-clock" in doubted.stderr) == (1, True)
+    assert typed("retention", "--confirm-clock").exit_code == 0
+    assert typed("retention").exit_code == 0

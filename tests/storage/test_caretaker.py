@@ -10,11 +10,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from storage.cache import ReadCache
 from storage.caretaker import Caretaker
 from storage.duties import Duties
-from storage.objects import ObjectStore
+from storage.objects import DirectoryStore, ObjectStore
+from storage.study_keys import STUDY_KEYS
 from tests.storage.conftest import Build
 from tests.storage.house import House
 from tests.storage.samples import photograph
@@ -83,6 +85,40 @@ def test_it_runs_until_it_is_stopped(houses: Build) -> None:
     assert (scrub.holder, scrub.cursor, scrub.finished_at is not None) == ("", "instances", True)
     assert "scrub" in caretaker_of(house, "other").do_due(threading.Event())
     assert house.actions()[-1] == "archive.scrubbed"
+
+
+class Slow(DirectoryStore):
+    """A folder that takes documents when it is told to."""
+
+    begun: threading.Event
+    told: threading.Event
+
+    def put_document(self, name: str, content: bytes) -> None:
+        """Wait, then put."""
+        self.begun.set()
+        self.told.wait(60)
+        super().put_document(name, content)
+
+
+def test_a_slow_duty_stays_in_hand(houses: Build, tmp_path: Path) -> None:
+    """One that takes longer than its lease, in a single step, is renewed meanwhile: nobody does it a second time."""
+    house = houses()
+    house.ingest(photograph())
+    house.database.write(lambda connection: connection.execute(update(STUDY_KEYS).values(stored=0)))
+    store = Slow(house.folder / "objects")
+    store.begun, store.told = threading.Event(), threading.Event()
+    slow = houses(store=store)
+    duties = Duties(database=slow.database, holder="one", lease_s=2.0)
+    caretaker = slow.archive.caretaker(duties=duties, renew_s=0.2)
+    thread = threading.Thread(target=caretaker.do_due, args=(threading.Event(), "documents"))
+    thread.start()
+    assert store.begun.wait(60)
+    thread.join(3.0)  # longer than the lease
+    assert Duties(database=house.database, holder="two", lease_s=2.0).take("documents", every_s=3600) is None
+    store.told.set()
+    thread.join(60)
+    (duty,) = [duty for duty in duties.all() if duty.name == "documents"]
+    assert (duty.holder, duty.outcome.startswith("1 documents")) == ("", True)
 
 
 def test_a_duty_that_fails_stops_no_other(houses: Build) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from storage.duties import Duties
 from storage.errors import InstanceNotFound, StorageError
 from storage.retention import Retention
 from tests.storage.conftest import Build
@@ -50,3 +52,49 @@ def test_what_comes_meanwhile_saves_the_study(house: House) -> None:
     with pytest.raises(StorageError, match="after that moment"):
         house.archive.erasure().erase_study(sample.study_instance_uid, actor="retention", reason="", received_before=before)
     assert house.read(sample.sop_instance_uid) == sample.data_set
+
+
+@pytest.mark.parametrize("off", [3650.0, -3650.0], ids=["ahead", "behind"])
+def test_a_clock_that_is_wrong_erases_nothing(house: House, off: float) -> None:
+    """It jumps by ten years, before the first round or after it: nothing is erased, the trail says why; set right, all goes on."""
+    sample = photograph()
+    house.ingest(sample)
+    wrong, right = (lambda: later(off)), datetime.now
+    for clock, outcomes in ((wrong, 1), (lambda: right(UTC), 1), (wrong, 2)):
+        house.database.clock = clock
+        caretaker = house.archive.caretaker(duties=Duties(database=house.database, holder="one"), retention_days=30, scrub_days=0)
+        house.archive._clock = clock
+        assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+        assert house.actions().count("retention.held") == outcomes
+        assert "study.erased" not in house.actions()
+    (duty,) = [duty for duty in Duties(database=house.database, holder="").all() if duty.name == "retention"]
+    assert duty.outcome.startswith("held: the clock says")
+    assert "--confirm-clock" in duty.outcome
+    assert house.read(sample.sop_instance_uid) == sample.data_set
+
+
+def test_a_confirmed_clock_is_believed(house: House) -> None:
+    """The node was off for forty days: an operator says that the clock is right, and what is due goes."""
+    sample = photograph()
+    house.ingest(sample)
+    duties = Duties(database=house.database, holder="one")
+    caretaker = house.archive.caretaker(duties=duties, retention_days=30, scrub_days=0)
+    assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+    house.archive._clock = house.database.clock = lambda: later(40)
+    assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+    assert house.actions()[-1] == "retention.held"
+    duties.put("retention", cursor=house.archive.retention(days=30).confirm_clock(actor="operator"))
+    assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+    assert house.actions()[-2:] == ["retention.clock_confirmed", "study.erased"]
+
+
+def test_daily_rounds_are_believed(house: House) -> None:
+    """Day after day the clock goes on, and so does the time that is noted; a study goes on its day."""
+    house.ingest(photograph())
+    caretaker = house.archive.caretaker(duties=Duties(database=house.database, holder="one"), retention_days=30, scrub_days=0)
+    for day in (0, 1, 2, 8, 14, 20, 26, 31.5):
+        assert "study.erased" not in house.actions()
+        house.archive._clock = house.database.clock = lambda day=day: later(day)
+        assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+    assert house.actions()[-1] == "study.erased"
+    assert "retention.held" not in house.actions()
