@@ -34,6 +34,7 @@ from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AssociationSocket
 
+from dicom_node.dimse.connection import TlsConnection
 from dicom_node.dimse.message import COMMAND, MessageReader, ProtocolViolation, StoreOperation, StoreRequest, pdata
 
 log = structlog.get_logger(__name__)
@@ -61,6 +62,8 @@ class ReceiveLimits:
     """From connection to A-ASSOCIATE-RQ complete, absolute."""
     idle_s: float = 60.0
     """Without a whole PDU from the peer, thus also a minimum rate within one."""
+    minimum_bytes_per_s: int = 1024
+    """Of a message that has begun, over `idle_s` of waiting for the peer."""
     command_bytes: int = 65_536
     foreign_bytes: int = 16 * 1024**2
     """Data set (identifier) of a message other than C-STORE."""
@@ -147,13 +150,16 @@ class PDUBuffer:
     ----------
     check
         Judges a PDU by type and length as soon as its header is there; raises ProtocolViolation.
+    received
+        What was read of the connection before.
     """
 
-    def __init__(self, check: Callable[[int, int], None]) -> None:
+    def __init__(self, check: Callable[[int, int], None], received: bytes = b"") -> None:
         self._check = check
-        self._buffer = bytearray(_READ_AHEAD)
+        self._buffer = bytearray(max(_READ_AHEAD, len(received)))
+        self._buffer[: len(received)] = received
         self._start = 0
-        self._end = 0
+        self._end = len(received)
 
     def take(self) -> memoryview | None:
         """Return the next whole PDU, header included; None when more bytes are needed.
@@ -175,6 +181,8 @@ class PDUBuffer:
 
         Raises
         ------
+        BlockingIOError
+            It has no whole record of TLS yet.
         OSError
             The connection broke.
         """
@@ -218,6 +226,8 @@ class UpperLayer(DULServiceProvider):
     begin_store
         Opens a `StoreOperation` for a C-STORE-RQ received in an accepted presentation context; does not raise StorageError.
         None where we are the sender.
+    received
+        What was read of the connection before.
     observe
         Told ``association.violation`` with ``reason``.
     """
@@ -227,6 +237,7 @@ class UpperLayer(DULServiceProvider):
         assoc: Association,
         *,
         limits: ReceiveLimits,
+        received: bytes = b"",
         begin_store: Callable[[PresentationContext, StoreRequest], StoreOperation] | None = None,
         observe: Callable[..., None] = unobserved,
     ) -> None:
@@ -238,7 +249,9 @@ class UpperLayer(DULServiceProvider):
         self._poller = select.poll()
         self._poller.register(self._waker.descriptor, select.POLLIN)
         self._polled: int | None = None
-        self._buffer = PDUBuffer(self._check_header)
+        self._buffer = PDUBuffer(self._check_header, received)
+        self._waited_s = 0.0
+        self._came = 0
         self._diagnostic = 0
         self._closing_since: float | None = None
         self._messages = MessageReader(
@@ -305,10 +318,15 @@ class UpperLayer(DULServiceProvider):
                         return True
                 self._idle_timer.restart()
             elif self._readable(sock):
-                if not self._fill(sock):
+                try:
+                    came = self._fill(sock)
+                except BlockingIOError:
+                    continue
+                if not came:
                     self._abandon()
                     self.event_queue.put("Evt17")  # Transport connection closed
                     return True
+                self._came += came
                 if self.state_machine.current_state != "Sta6":
                     return progressed  # the ARTIM timer is looked at between reads
             else:
@@ -330,19 +348,35 @@ class UpperLayer(DULServiceProvider):
         """Wait until the socket has bytes (or its end): True. False when there is something else to do, or nothing."""
         if self._kill_thread or self.to_provider_queue.queue or not self.event_queue.empty():
             return False
+        if isinstance(sock, TlsConnection) and sock.pending():
+            return True
         if self._polled is None:
             self._polled = sock.fileno()
             self._poller.register(self._polled, select.POLLIN)
+        began = time.monotonic()
         ready = [descriptor for descriptor, _ in self._poller.poll(_POLL_MS)]
+        self._waited_s += time.monotonic() - began
         if self._waker.descriptor in ready:
             self._waker.clear()
             return False
-        return bool(ready)
+        return self._fast_enough() and bool(ready)
+
+    def _fast_enough(self) -> bool:
+        """Judge the peer by what came while it was waited for: a message that trickles in holds a slot and a place in the archive."""
+        if self._waited_s < self._limits.idle_s:
+            return True
+        slow = self._messages.busy and self._came < self._waited_s * self._limits.minimum_bytes_per_s
+        self._waited_s, self._came = 0.0, 0
+        if slow:
+            self._violated(ProtocolViolation("message slower than the minimum rate"))
+        return not slow
 
     def _fill(self, sock: socket.socket) -> int:
         try:
             count = self._buffer.fill(sock)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)  # the kernel forgets it after each use
+        except BlockingIOError:
+            raise
         except OSError:
             return 0
         return count
@@ -364,6 +398,8 @@ class UpperLayer(DULServiceProvider):
         try:
             if kind == P_DATA_TYPE and self.state_machine.current_state == "Sta6":
                 self._idle_timer.stop()  # it measures the peer's silence, not our work
+                if not self._messages.busy:
+                    self._waited_s, self._came = 0.0, 0
                 self._messages.feed(pdu[_HEADER:])
                 return self.event_queue.empty()
             decoded, event = self._decode(pdu)
@@ -420,8 +456,9 @@ class UpperLayer(DULServiceProvider):
             return False
         if self._readable(sock):
             self._buffer.discard()
-            if not self._fill(sock):
-                self.socket.close()
+            with contextlib.suppress(BlockingIOError):
+                if not self._fill(sock):
+                    self.socket.close()
         return False
 
     def _abandon(self) -> None:

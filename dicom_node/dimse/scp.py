@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,8 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
 from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Turnstile, UpperLayer, unobserved
+from dicom_node.dimse.slots import Held, Slots
+from dicom_node.dimse.vestibule import Connection, Turned, Vestibule
 from dicom_node.peers import Peer, Peers, normal_address
 from storage.errors import MismatchedInstance, StorageError
 from storage.iod import TRANSFER_SYNTAXES
@@ -49,7 +51,11 @@ CANNOT_UNDERSTAND = 0xC000
 PROCESSING_FAILURE = 0x0110
 VERIFICATION = "1.2.840.10008.1.1"
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
-_BACKLOG = 512
+_BACKLOG = 1024
+_SAY_AGAIN_S = 60.0
+_SAID = 1000
+_LOOKED_AT = 64
+"""Associations beyond the limit that are open for as long as it takes to reject them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,10 @@ class StorageSCP:
         Most bytes of one data set, stored or refused, before the association is aborted.
     services
         What else is answered: query, retrieve, storage commitment.
+    slots
+        Counts associations together with other processes that listen on the same port; None: this one listens alone.
+    tls
+        Gives the TLS context of the next connection; None: no TLS.
     observe
         Told what happens, for metrics: ``observe(event, **labels)``. Events: ``association.accepted`` (peer),
         ``association.rejected`` (reason), ``association.violation`` (reason), ``association.failed``, ``association.ended`` (peer),
@@ -126,6 +136,8 @@ class StorageSCP:
         limits: ReceiveLimits | None = None,
         message_bytes: int = 2 * 1024**3 + 64 * 1024**2,
         services: Sequence[Service] = (),
+        slots: Slots | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
         observe: Callable[..., None] = unobserved,
     ) -> None:
         quiet()
@@ -133,7 +145,9 @@ class StorageSCP:
         self._archive = archive
         self._peers = peers
         self._address = (host, port)
-        self._maximum_associations = maximum_associations
+        self._shared = slots is not None
+        self._slots = slots or Slots(total=maximum_associations)
+        self._tls = tls
         self._accept_unknown_peers = accept_unknown_peers
         self._unknown_sop_classes = unknown_sop_classes
         self._message_bytes = message_bytes
@@ -150,10 +164,10 @@ class StorageSCP:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._open: set[AcceptedAssociation] = set()
-        self._admitted: dict[AcceptedAssociation, str] = {}
+        self._admitted: dict[AcceptedAssociation, Held] = {}
         self._draining = False
-        self._listener: socket.socket | None = None
-        self._thread: threading.Thread | None = None
+        self._vestibule: Vestibule | None = None
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}
 
     def start(self) -> tuple[str, int]:
         """Listen and accept in a thread. Returns the address bound.
@@ -167,27 +181,32 @@ class StorageSCP:
         listener = socket.socket(family, kind)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)
             listener.listen(_BACKLOG)
         except OSError:
             listener.close()
             raise
-        self._listener = listener
-        self._thread = threading.Thread(target=self._accept_all, args=(listener,), name="dimse-accept", daemon=True)
-        self._thread.start()
         host, port = listener.getsockname()[:2]
+        self._vestibule = Vestibule(
+            listener,
+            enter=self._enter,
+            tls=self._tls,
+            handshake_s=self.limits.handshake_s,
+            handshake_pdu_length=self.limits.handshake_pdu_length,
+            send_s=self.limits.idle_s,
+            turned=self._turned,
+        )
+        self._vestibule.start()
         return host, port
 
     def stop(self, drain_s: float = 10.0) -> None:
         """Accept no more, let the open associations end for `drain_s` seconds, abort the rest."""
         with self._lock:
             self._draining = True
-        if self._listener is not None:
-            with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-            self._listener.close()
-        if self._thread is not None:
-            self._thread.join()
+        if self._vestibule is not None:
+            self._vestibule.stop()
         if not self._wait_closed(drain_s):
             with self._lock:
                 left = list(self._open)
@@ -209,14 +228,13 @@ class StorageSCP:
             return UNKNOWN_CALLED
         if not (peer.accept if peer is not None else self._accept_unknown_peers):
             return UNKNOWN_CALLING
-        name = peer.name if peer is not None else ""
+        caller = f"peer {peer.name}" if peer is not None else f"address {association.address}"
+        # one caller alone may not take the place of all others, unless it is told that it may
+        quota = (peer.max_associations if peer is not None else 0) or max(1, self._slots.total * 3 // 4)
         with self._lock:
-            quota = peer.max_associations if peer is not None else 0
-            if self._draining or len(self._admitted) >= self._maximum_associations:
+            if self._draining or (held := self._slots.take(caller, quota)) is None:
                 return LOCAL_LIMIT
-            if quota and Counter(self._admitted.values())[name] >= quota:
-                return LOCAL_LIMIT
-            self._admitted[association] = name
+            self._admitted[association] = held
         association.peer = peer
         return None
 
@@ -237,6 +255,9 @@ class StorageSCP:
                 continue
             wanted.setdefault(abstract_syntax, []).extend(syntax for syntax in context.transfer_syntax if syntax in known)
         supported = [build_context(abstract, list(dict.fromkeys(syntaxes))) for abstract, syntaxes in wanted.items() if syntaxes]
+        for context in supported:
+            if getattr(served.get(str(context.abstract_syntax)), "takes_reports", False):  # the peer may be the SCP: storage commitment
+                context.scu_role = context.scp_role = True
         if any(service.sends_instances for service in served.values()):
             for context in supported:
                 if context.abstract_syntax not in served:
@@ -263,43 +284,44 @@ class StorageSCP:
         """Forget an association whose threads end."""
         with self._idle:
             self._open.discard(association)
-            name = self._admitted.pop(association, None)
+            held = self._admitted.pop(association, None)
+            if held is not None:
+                self._slots.give(held)
             self._idle.notify_all()
-        if name is not None:
-            self.observe("association.ended", peer=name)
+        if held is not None:
+            self.observe("association.ended", peer=association.peer.name if association.peer is not None else "")
 
     def _wait_closed(self, timeout_s: float) -> bool:
         with self._idle:
             return self._idle.wait_for(lambda: not self._open, timeout_s)
 
-    def _accept_all(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, address = listener.accept()
-            except OSError:
-                if self._draining:
-                    return
-                log.exception("dimse.accept_failed")  # out of descriptors: wait for some to come back
-                time.sleep(0.1)
-                continue
-            try:
-                self._serve(connection, address)
-            except Exception:  # an edge: one connection must not end the door
-                log.exception("dimse.connection_failed")
-                connection.close()
-
-    def _serve(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A peer that does not read our answers must not hold the thread; SO_SNDTIMEO leaves reading alone
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(self.limits.idle_s), 0))
-        association = AcceptedAssociation(self, connection, address)
+    def _enter(self, connection: Connection, address: tuple[Any, ...], request: bytes) -> bytes | None:
+        """Take over a connection whose association request is whole; the PDU to answer when there is no room even to look at it."""
         with self._lock:
+            if self._draining or len(self._open) >= self._slots.total + _LOOKED_AT:
+                self.observe("association.rejected", reason=LOCAL_LIMIT.reason)
+                return struct.pack(">BxLBBBB", 0x03, 4, 0, LOCAL_LIMIT.result, LOCAL_LIMIT.source, LOCAL_LIMIT.diagnostic)
+            association = AcceptedAssociation(self, connection, address, request)
             self._open.add(association)
         try:
             association.start()
         except RuntimeError:  # no more threads
             self.ended(association)
+            connection.close()
             raise
+        return None
+
+    def _turned(self, turned: Turned) -> None:
+        self.observe("association.refused", reason=turned.reason)
+        address = normal_address(turned.address)
+        said_at, silent = self._said.get((address, turned.reason), (-_SAY_AGAIN_S, 0))
+        if time.monotonic() - said_at < _SAY_AGAIN_S:
+            self._said[address, turned.reason] = said_at, silent + 1
+            return
+        if len(self._said) >= _SAID:
+            self._said.clear()
+        self._said[address, turned.reason] = time.monotonic(), 0
+        log.warning("connection.refused", reason=turned.reason, address=address, before=silent)
 
 
 class AdmittingACSE(ACSE):
@@ -333,10 +355,12 @@ class AcceptedAssociation(Association):
     door
         Where it was accepted.
     connection, address
-        As ``socket.accept`` gave them.
+        The connection, and the peer's address as ``socket.accept`` gave it.
+    request
+        The A-ASSOCIATE-RQ PDU, which was read of it already.
     """
 
-    def __init__(self, door: StorageSCP, connection: socket.socket, address: tuple[Any, ...]) -> None:
+    def __init__(self, door: StorageSCP, connection: Connection, address: tuple[Any, ...], request: bytes) -> None:
         super().__init__(door.entity, MODE_ACCEPTOR)
         self.door = door
         self.peer: Peer | None = None
@@ -346,6 +370,7 @@ class AcceptedAssociation(Association):
         self.dul = UpperLayer(
             self,
             limits=door.limits,
+            received=request,
             begin_store=lambda context, request: door.begin_store(self, context, request),
             observe=door.observe,
         )
@@ -355,7 +380,7 @@ class AcceptedAssociation(Association):
         self.dimse.msg_queue = BellQueue(turnstile.ring)
         self.acse_timeout = door.entity.acse_timeout  # their setters reach into the provider, which is a new one
         self.network_timeout = door.entity.network_timeout
-        self.set_socket(AssociationSocket(self, client_socket=connection))
+        self.set_socket(AssociationSocket(self, client_socket=cast("socket.socket", connection)))
         self.name = "AcceptorThread"
         self.acceptor.maximum_length = door.entity.maximum_pdu_size
         self.acceptor.ae_title = door.entity.ae_title

@@ -122,14 +122,14 @@ class Door:
 def open_door(rooms: Rooms, *, peers: Peers | None = None, **settings: object) -> Iterator[Door]:
     """Listen on a free port until the block ends; by default every caller is accepted."""
     events = Events()
-    arguments: dict[str, object] = {"accept_unknown_peers": peers is None, "unknown_sop_classes": True, "maximum_associations": 50}
+    arguments: dict[str, object] = {"accept_unknown_peers": peers is None, "unknown_sop_classes": True}
+    arguments.update(maximum_associations=50, port=0)
     arguments.update(settings)
     scp = StorageSCP(
         archive=rooms.archive,
         peers=peers or Peers(),
         ae_title="DERM_NODE",
         host="127.0.0.1",
-        port=0,
         observe=events,
         **arguments,  # type: ignore[arg-type]
     )

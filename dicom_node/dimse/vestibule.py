@@ -1,0 +1,323 @@
+"""Where connections wait until their association request is whole: one thread for all of them, no thread and no slot for any.
+
+A connection costs its socket and the bytes that it sent, at most the length of a handshake PDU. Whoever has not finished the request (and
+the TLS handshake before it) within the handshake time, counted from the connection, is closed. When too many wait, the one that waits
+longest of the address that has most goes.
+
+References
+----------
+DICOM PS3.8 Section 9.2 (Sta1, Sta2 and the ARTIM timer), Table 9-26 (A-ABORT)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import structlog
+
+from dicom_node.dimse.connection import TlsConnection
+from dicom_node.dimse.receive import Waker
+
+log = structlog.get_logger(__name__)
+
+_HEADER: Final = 6
+_A_ASSOCIATE_RQ, _A_ABORT = 0x01, 0x07
+_LINGER_S: Final = 2.0
+_ACCEPTS: Final = 64
+_CHUNK: Final = 16384
+
+Connection = socket.socket | TlsConnection
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """A connection that waits."""
+
+    socket: socket.socket
+    address: tuple[Any, ...]
+    deadline: float
+    secured: bool
+    """False while the TLS handshake is under way."""
+    request: bytearray = field(default_factory=bytearray)
+    leaving: bool = False
+    """It was answered, and what it still sends is read past until it closes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """A connection that was turned away before any association."""
+
+    address: str
+    reason: str
+    error: OSError | None = None
+    """Of a TLS handshake."""
+
+
+class Vestibule:
+    """Accepts connections and gives those on whose request is whole.
+
+    Parameters
+    ----------
+    listener
+        Listening.
+    enter
+        Takes over a connection, the peer's address as ``socket.accept`` gave it, and the A-ASSOCIATE-RQ PDU. Returns what to answer
+        instead when it does not take it: a PDU, after which the connection ends.
+    tls
+        Gives the context of the next handshake; None: no TLS.
+    handshake_s, handshake_pdu_length
+        As `ReceiveLimits`.
+    send_s
+        Longest wait for a peer that does not read.
+    waiting
+        Most connections that wait at once.
+    turned
+        Told who is turned away.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        enter: Callable[[Connection, tuple[Any, ...], bytes], bytes | None],
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        handshake_s: float = 10.0,
+        handshake_pdu_length: int = 131_072,
+        send_s: float = 60.0,
+        waiting: int = 8192,
+        turned: Callable[[Turned], None] = lambda _: None,
+    ) -> None:
+        self._listener = listener
+        self._listener.setblocking(False)
+        self._enter = enter
+        self._tls = tls
+        self._handshake_s = handshake_s
+        self._handshake_pdu_length = handshake_pdu_length
+        self._send_s = send_s
+        self._most = waiting
+        self._turned = turned
+        self._selector = selectors.DefaultSelector()
+        self._waker = Waker()
+        self._waiting: OrderedDict[Caller, None] = OrderedDict()  # by deadline: it is the same time for all
+        self._leaving: OrderedDict[Caller, None] = OrderedDict()
+        self._by_address: dict[str, OrderedDict[Caller, None]] = {}
+        self._paused_until = 0.0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="dimse-vestibule", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._waker.descriptor, selectors.EVENT_READ)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Accept no more, close who waits."""
+        self._stopping = True
+        self._waker.wake()
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    # The thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._turn()
+            except Exception:  # an edge: one connection must not end the door
+                log.exception("dimse.vestibule_failed")
+                time.sleep(0.1)
+        self._listener.close()
+        for caller in [*self._waiting, *self._leaving]:
+            self._forget(caller)
+        self._selector.close()
+        self._waker.close()
+
+    def _turn(self) -> None:
+        for key, events in self._selector.select(self._patience()):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif isinstance(key.data, Caller):
+                self._serve(key.data, events)
+            else:
+                self._waker.clear()
+        now = time.monotonic()
+        for queue in (self._waiting, self._leaving):
+            while queue and (caller := next(iter(queue))).deadline <= now:
+                if not caller.leaving and (caller.request or not caller.secured):
+                    self._tell(caller, "no whole association request within the handshake time")
+                self._forget(caller)
+        if self._paused_until and self._paused_until <= now:
+            self._paused_until = 0.0
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _patience(self) -> float | None:
+        times = [next(iter(queue)).deadline for queue in (self._waiting, self._leaving) if queue]
+        if self._paused_until:
+            times.append(self._paused_until)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                connection, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if self._stopping:
+                    return
+                # Out of descriptors: let some who wait go, and look again in a moment
+                log.warning("dimse.accept_failed", reason=str(error.strerror))
+                for caller in list(self._waiting)[:_ACCEPTS]:
+                    self._forget(caller)
+                self._selector.unregister(self._listener)
+                self._paused_until = time.monotonic() + 0.1
+                return
+            try:
+                self._take_in(connection, address)
+            except OSError as error:
+                self._turned(Turned(str(address[0]), f"the connection broke ({error})"))
+                connection.close()
+
+    def _take_in(self, connection: socket.socket, address: tuple[Any, ...]) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls is not None:
+            connection = self._tls().wrap_socket(connection, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+        caller = Caller(connection, address, time.monotonic() + self._handshake_s, secured=self._tls is None)
+        if len(self._waiting) >= self._most:
+            crowd = max(self._by_address.values(), key=len)
+            oldest = next(iter(crowd))
+            self._tell(oldest, "too many connections wait for their association request")
+            self._forget(oldest)
+        self._waiting[caller] = None
+        self._by_address.setdefault(str(address[0]), OrderedDict())[caller] = None
+        self._selector.register(connection, selectors.EVENT_READ, caller)
+        self._serve(caller, selectors.EVENT_READ)  # what came with the connection
+
+    def _serve(self, caller: Caller, _events: int) -> None:
+        try:
+            if caller.leaving:
+                while caller.socket.recv(_CHUNK):
+                    pass
+                self._forget(caller)
+                return
+            if not caller.secured:
+                assert isinstance(caller.socket, ssl.SSLSocket)  # noqa: S101 - by construction
+                caller.socket.do_handshake()
+                caller.secured = True
+                self._selector.modify(caller.socket, selectors.EVENT_READ, caller)
+            self._read(caller)
+        except ssl.SSLWantWriteError:
+            self._selector.modify(caller.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, caller)
+        except (ssl.SSLWantReadError, BlockingIOError):
+            if not caller.secured:
+                self._selector.modify(caller.socket, selectors.EVENT_READ, caller)
+        except OSError as error:
+            if not caller.secured:
+                self._tell(caller, "TLS handshake failed", error)
+            self._forget(caller)
+
+    def _read(self, caller: Caller) -> None:
+        request = caller.request
+        while True:
+            length = _HEADER if len(request) < _HEADER else _HEADER + int.from_bytes(request[2:6], "big")
+            missing = length - len(request)
+            if not missing and length > _HEADER:
+                self._give_on(caller)
+                return
+            came = caller.socket.recv(min(missing, _CHUNK))
+            if not came:
+                self._forget(caller)  # a health check, or one that changed its mind
+                return
+            request += came
+            if len(request) >= _HEADER and (fault := self._fault(request)) is not None:
+                self._refuse(caller, *fault)
+                return
+
+    def _fault(self, header: bytearray) -> tuple[str, int] | None:
+        """Judge the header of the first PDU: what is wrong, and the Reason/Diag. of the A-ABORT (PS3.8 Table 9-26)."""
+        kind, length = header[0], int.from_bytes(header[2:6], "big")
+        if kind == _A_ASSOCIATE_RQ:
+            if 0 < length <= self._handshake_pdu_length:
+                return None
+            return "association request longer than allowed" if length else "association request without content", 6
+        if kind == _A_ABORT:
+            return "abort instead of an association request", 0
+        if kind in range(2, 7):
+            return "PDU before any association", 2
+        if kind == 0x16 and header[1] == 0x03:  # a record of TLS
+            return "TLS handshake on a port without TLS", 1
+        if header[:4].isalpha() or bytes(header[:4]) in (b"GET ", b"PUT "):
+            return "HTTP on the DICOM port", 1
+        return "unrecognised PDU type", 1
+
+    def _refuse(self, caller: Caller, reason: str, diagnostic: int) -> None:
+        self._tell(caller, reason)
+        if diagnostic == 0:
+            self._forget(caller)
+        else:
+            self._answer(caller, struct.pack(">BxLBBBB", _A_ABORT, 4, 0, 0, 2, diagnostic))
+
+    def _answer(self, caller: Caller, pdu: bytes) -> None:
+        """Send a last PDU and read past what still comes, so that the peer sees it and not a reset."""
+        self._drop(caller)
+        caller.leaving, caller.deadline = True, time.monotonic() + _LINGER_S
+        self._leaving[caller] = None
+        with contextlib.suppress(OSError):
+            caller.socket.send(pdu)
+            if isinstance(caller.socket, ssl.SSLSocket):
+                with contextlib.suppress(OSError, ValueError):
+                    caller.socket.unwrap()  # its answer is not waited for
+            socket.socket.shutdown(caller.socket, socket.SHUT_WR)
+
+    def _give_on(self, caller: Caller) -> None:
+        self._drop(caller)
+        self._selector.unregister(caller.socket)
+        connection: Connection
+        if isinstance(caller.socket, ssl.SSLSocket):
+            connection = TlsConnection(caller.socket, send_s=self._send_s)
+        else:
+            connection = caller.socket
+            connection.setblocking(True)
+            # A peer that does not read our answers must not hold the thread; SO_SNDTIMEO leaves reading alone
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(self._send_s), 0))
+        answer = self._enter(connection, caller.address, bytes(caller.request))
+        if answer is not None:
+            if isinstance(connection, socket.socket):
+                connection.setblocking(False)
+            self._selector.register(caller.socket, selectors.EVENT_READ, caller)
+            self._answer(caller, answer)
+
+    def _tell(self, caller: Caller, reason: str, error: OSError | None = None) -> None:
+        self._turned(Turned(str(caller.address[0]), reason, error))
+
+    def _drop(self, caller: Caller) -> None:
+        """Take it out of the books; its socket stays."""
+        self._waiting.pop(caller, None)
+        self._leaving.pop(caller, None)
+        address = str(caller.address[0])
+        if (crowd := self._by_address.get(address)) is not None:
+            crowd.pop(caller, None)
+            if not crowd:
+                del self._by_address[address]
+
+    def _forget(self, caller: Caller) -> None:
+        self._drop(caller)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(caller.socket)
+        caller.socket.close()

@@ -1,0 +1,308 @@
+"""The door before any association: who stalls, shouts or speaks another protocol takes no slot, no thread, and nobody's place."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from dicom_node.dimse.receive import ReceiveLimits
+from dicom_node.dimse.slots import Slots
+from dicom_node.dimse.vestibule import Turned, Vestibule
+from dicom_node.peers import Peer, Peers
+from tests.dicom_node.door import SECONDARY_CAPTURE, Rooms, draw, encoded, open_door, open_rooms
+from tests.dicom_node.receiver import certificate
+from tests.dicom_node.scripted_peer import (
+    ABORT,
+    ASSOCIATE_AC,
+    ASSOCIATE_RJ,
+    EXPLICIT,
+    IMPLICIT,
+    P_DATA,
+    VERIFICATION,
+    ScriptedPeer,
+    associate_rq,
+    echo_rq,
+    pdu,
+    pdv,
+    store_rq,
+)
+
+STORE_CONTEXT = (1, SECONDARY_CAPTURE, [EXPLICIT])
+ECHO_CONTEXT = (1, VERIFICATION, [IMPLICIT])
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rooms]:
+    """One archive for the module."""
+    rooms = open_rooms(tmp_path_factory.mktemp("rooms"))
+    yield rooms
+    rooms.database.close()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """TLS contexts of a door and of a client that believes it."""
+    authority = certificate(tmp_path_factory.mktemp("certificate"))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(authority)
+    client = ssl.create_default_context(cafile=str(authority))
+    return server, client
+
+
+def echo(port: int) -> None:
+    """Associate, echo, release."""
+    with ScriptedPeer(port) as peer:
+        assert peer.associate(ECHO_CONTEXT) == ASSOCIATE_AC
+        peer.send(pdu(P_DATA, pdv(1, 3, echo_rq())))
+        assert peer.status() == 0
+        peer.release()
+
+
+def secured(port: int, context: ssl.SSLContext) -> ScriptedPeer:
+    """A peer behind TLS."""
+    peer = ScriptedPeer(port)
+    peer.socket = context.wrap_socket(peer.socket, server_hostname="127.0.0.1")
+    return peer
+
+
+def test_five_hundred_stalled_handshakes(rooms: Rooms) -> None:
+    """They take no thread and no slot; an honest caller gets in beside them although eight associations are the limit (threat 3)."""
+    with open_door(rooms, maximum_associations=8, limits=ReceiveLimits(handshake_s=60.0)) as door:
+        threads = threading.active_count()
+        request = associate_rq([STORE_CONTEXT])
+        stalled = [ScriptedPeer(door.port) for _ in range(500)]
+        for number, peer in enumerate(stalled):
+            peer.send(request[: number % len(request)])
+        for _ in range(3):
+            echo(door.port)
+        door.settle()
+        assert threading.active_count() == threads
+        for peer in stalled:
+            peer.socket.close()
+
+
+def test_the_crowd_gives_way(rooms: Rooms) -> None:
+    """When too many wait, the one that waits longest of the address with most goes, and is told of; a newcomer has a place."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    turned: list[Turned] = []
+    entered = threading.Event()
+
+    def enter(connection: object, _address: object, request: bytes) -> None:
+        assert request == associate_rq([STORE_CONTEXT])
+        connection.close()  # type: ignore[attr-defined]
+        entered.set()
+
+    vestibule = Vestibule(listener, enter=enter, waiting=3, handshake_s=60.0, turned=turned.append)  # type: ignore[arg-type]
+    vestibule.start()
+    try:
+        port = listener.getsockname()[1]
+        other = socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0))  # waits longest, but alone
+        crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        crowd[0].settimeout(30)
+        assert crowd[0].recv(1) == b""
+        assert [one.address for one in turned] == ["127.0.0.1"]
+        other.sendall(associate_rq([STORE_CONTEXT]))
+        assert entered.wait(30)
+        for one in (*crowd, other):
+            one.close()
+    finally:
+        vestibule.stop()
+    assert rooms.landing() == []
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (b"GET /studies HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP on the DICOM port"),
+        (bytes.fromhex("16030100a5010000a10303") + bytes(160), "TLS handshake on a port without TLS"),
+        (struct.pack(">BxL", 1, 0xFFFFFFFF), "association request longer than allowed"),
+        (struct.pack(">BxL", 1, 0), "association request without content"),
+        (pdu(P_DATA, pdv(1, 3, echo_rq())), "PDU before any association"),
+        (bytes(60), "unrecognised PDU type"),
+    ],
+)
+def test_what_is_no_request_is_named(rooms: Rooms, first: bytes, reason: str) -> None:
+    """It is answered with A-ABORT at its header, and the log says in words what it was, once for all repetitions."""
+    with open_door(rooms) as door, capture_logs() as events:
+        for _ in range(3):
+            with ScriptedPeer(door.port) as peer:
+                peer.send(first)
+                assert peer.ends()[0] == ABORT
+        door.events.wait_for("association.refused", 3)
+    assert [event["reason"] for event in events if event["event"] == "connection.refused"] == [reason]
+
+
+def test_one_caller_leaves_room_for_others(rooms: Rooms) -> None:
+    """A caller without a quota of its own gets three quarters of the associations; the rest is for others (threat 6)."""
+    peers = Peers([Peer("many", "MANY", "*", 0), Peer("other", "OTHER", "*", 0)])
+    with open_door(rooms, peers=peers, maximum_associations=4) as door:
+        held = [ScriptedPeer(door.port) for _ in range(4)]
+        assert [peer.associate(STORE_CONTEXT, calling="MANY") for peer in held] == [ASSOCIATE_AC] * 3 + [ASSOCIATE_RJ]
+        assert held[3].answer == bytes((0, 2, 3, 2))
+        with ScriptedPeer(door.port) as other:
+            assert other.associate(STORE_CONTEXT, calling="OTHER") == ASSOCIATE_AC
+            other.release()
+        for peer in held:
+            peer.socket.close()
+        door.settle()
+
+
+def test_two_doors_share_port_and_slots(rooms: Rooms, tmp_path: Path) -> None:
+    """Two receivers on one port (SO_REUSEPORT) keep one limit together."""
+    path = tmp_path / "slots"
+    with (
+        open_door(rooms, slots=Slots(total=8, path=path)) as first,
+        open_door(rooms, slots=Slots(total=8, path=path), port=first.port) as second,
+    ):
+        callers = [ScriptedPeer(first.port) for _ in range(12)]
+        answers = [caller.associate(STORE_CONTEXT) for caller in callers]
+        assert answers.count(ASSOCIATE_AC) == 6  # three quarters of eight: all call from one address
+        assert first.scp.associations + second.scp.associations == 6
+        for caller in callers:
+            caller.socket.close()
+        first.settle()
+        second.settle()
+
+
+def test_a_message_that_trickles_is_aborted(rooms: Rooms) -> None:
+    """A data set that comes in PDUs of a few bytes, each in time, is below the minimum rate: A-ABORT, nothing is kept (threat 5)."""
+    limits = ReceiveLimits(idle_s=1.0, minimum_bytes_per_s=1000)
+    with open_door(rooms, limits=limits) as door, ScriptedPeer(door.port) as peer:
+        assert peer.associate(STORE_CONTEXT) == ASSOCIATE_AC
+        peer.send(pdu(P_DATA, pdv(1, 3, store_rq(SECONDARY_CAPTURE, "1.2.3"))))
+        data = encoded(draw())
+        ended = threading.Event()
+
+        def trickle() -> None:
+            for position in range(0, len(data), 2):
+                try:
+                    peer.send(pdu(P_DATA, pdv(1, 0, data[position : position + 2])))
+                except OSError:
+                    return
+                if ended.wait(0.2):
+                    return
+
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        assert peer.ends() == (ABORT, bytes((0, 0, 2, 6)))
+        ended.set()
+        sender.join()
+        door.settle()
+        assert rooms.landing() == []
+
+
+def test_a_pause_between_messages_is_no_slow_message(rooms: Rooms) -> None:
+    """The time before a message does not count against it."""
+    data_set = draw()
+    with open_door(rooms, limits=ReceiveLimits(idle_s=2.0, minimum_bytes_per_s=1000)) as door, ScriptedPeer(door.port) as peer:
+        assert peer.associate(STORE_CONTEXT) == ASSOCIATE_AC
+        time.sleep(1.5)
+        data = encoded(data_set)
+        peer.send(pdu(P_DATA, pdv(1, 3, store_rq(SECONDARY_CAPTURE, data_set.SOPInstanceUID))), pdu(P_DATA, pdv(1, 0, data[:100])))
+        time.sleep(1.0)
+        peer.send(pdu(P_DATA, pdv(1, 2, data[100:])))
+        assert peer.status() == 0
+        peer.release()
+
+
+# --- TLS ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tls_stores(rooms: Rooms, pair: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """Instances of several records arrive whole through TLS, in PDUs of every cut, and the answers come back."""
+    server, client = pair
+    with open_door(rooms, tls=lambda: server) as door, secured(door.port, client) as peer:
+        assert peer.associate(STORE_CONTEXT) == ASSOCIATE_AC
+        for number in range(3):
+            data_set = draw(rows=300, columns=400, seed=number)
+            data = encoded(data_set)
+            peer.send(pdu(P_DATA, pdv(1, 3, store_rq(SECONDARY_CAPTURE, data_set.SOPInstanceUID))))
+            cuts = [0, 1, 70_000, 70_001, 200_000, len(data)]
+            for first, last in itertools.pairwise(cuts):
+                peer.send(pdu(P_DATA, pdv(1, 2 if last == len(data) else 0, data[first:last])))
+            assert peer.status() == 0
+            with rooms.archive.open(data_set.SOPInstanceUID) as stored:
+                assert b"".join(stored.chunks()) == data
+        peer.release()
+
+
+@pytest.mark.parametrize("length", [7000, 9000, 10_000, 12_000, 15_000])
+def test_what_is_decrypted_is_not_waited_for(rooms: Rooms, pair: tuple[ssl.SSLContext, ssl.SSLContext], length: int) -> None:
+    """The end of an instance that lies decrypted within OpenSSL is read although the socket is silent."""
+    server, client = pair
+    data_set = draw(rows=300, columns=400, seed=length)
+    data = encoded(data_set)
+    with open_door(rooms, tls=lambda: server, limits=ReceiveLimits(idle_s=5.0)) as door, secured(door.port, client) as peer:
+        assert peer.associate(STORE_CONTEXT) == ASSOCIATE_AC
+        pieces = [data[first : first + length] for first in range(0, len(data), length)]
+        pdus = [pdu(P_DATA, pdv(1, 2 if piece is pieces[-1] else 0, piece)) for piece in pieces]
+        peer.send(pdu(P_DATA, pdv(1, 3, store_rq(SECONDARY_CAPTURE, data_set.SOPInstanceUID))), *pdus)
+        assert peer.status() == 0
+        peer.release()
+
+
+def test_stalled_tls_handshakes(rooms: Rooms, pair: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """Handshakes that stop anywhere are closed after the handshake time; an honest caller gets in beside them (threats 3, 85)."""
+    server, client = pair
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    hello = client.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    first = outgoing.read()
+    with open_door(rooms, tls=lambda: server, limits=ReceiveLimits(handshake_s=3.0)) as door:
+        stalled = [ScriptedPeer(door.port) for _ in range(20)]
+        for number, peer in enumerate(stalled):
+            peer.send(first[: number * 30])
+        with secured(door.port, client) as peer:
+            assert peer.associate(ECHO_CONTEXT) == ASSOCIATE_AC
+            peer.release()
+        for peer in stalled:
+            while peer.socket.recv(4096):
+                pass
+            peer.socket.close()
+        door.events.wait_for("association.refused", 20)
+
+
+def test_plaintext_on_the_tls_port(rooms: Rooms, pair: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """It is refused, said in the log, and nothing is read as an association request (threat 85)."""
+    with open_door(rooms, tls=lambda: pair[0]) as door, capture_logs() as events:
+        with ScriptedPeer(door.port) as peer:
+            peer.send(associate_rq([STORE_CONTEXT]))
+            with contextlib.suppress(ConnectionResetError):
+                while peer.socket.recv(4096):
+                    pass
+        door.events.wait_for("association.refused")
+    assert [event["reason"] for event in events if event["event"] == "connection.refused"] == ["TLS handshake failed"]
+
+
+def test_a_peer_that_stops_within_a_record(rooms: Rooms, pair: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """Half a TLS record holds no thread: the association is aborted when its idle time is over, and stop does not wait for it."""
+    server, client = pair
+    with open_door(rooms, tls=lambda: server, limits=ReceiveLimits(idle_s=1.0)) as door:
+        raw = socket.create_connection(("127.0.0.1", door.port), timeout=30)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = client.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                raw.sendall(outgoing.read())
+                incoming.write(raw.recv(65536))
+        tls.write(associate_rq([STORE_CONTEXT]))
+        raw.sendall(outgoing.read())
+        door.events.wait_for("association.accepted")
+        tls.write(pdu(P_DATA, pdv(1, 3, store_rq(SECONDARY_CAPTURE, "1.2.3"))))
+        raw.sendall(outgoing.read()[:-5])
+        door.events.wait_for("association.ended")
+        raw.close()
