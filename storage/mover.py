@@ -91,8 +91,8 @@ class Mover:
     bytes_per_s
         Bandwidth over all of them; 0: no limit.
     processor_share
-        Part of the machine's processors that may be spent on it: what landed is safe, and a sender waits. A store far away costs little
-        of it; one on the same machine costs that much again.
+        Part of the machine's processors that may be spent on it while senders are busy: what landed is safe, and a sender waits. A store
+        far away costs little of it; one on the same machine costs that much again.
     poll_s
         How often the queue is looked at.
     patience_s
@@ -227,7 +227,10 @@ class Mover:
                 if began - carried[0].began > _REPORT_S:
                     self._report(carried, leases)
                     carried = []
-                stop.wait(max(self._bandwidth.take(record.sealed.byte_count), self._processors.take(spent_us)))
+                pause = self._bandwidth.take(record.sealed.byte_count)
+                if self._archive.quiet_s() <= _PAUSE_S:  # else the processors are nobody's
+                    pause = max(pause, self._processors.take(spent_us))
+                stop.wait(pause)
             self._report(carried, leases)
 
     def _carry(self, job: Job) -> tuple[InstanceRecord | None, int]:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.exceptions import BotoCoreError, ClientError, ResponseStreamingError
 from botocore.response import StreamingBody
 
@@ -146,16 +146,21 @@ class Wire:
         if method == "PUT" and ("ChecksumSHA256" not in named or named.get("ContentLength", len(body)) != len(body)):
             return None
         headers = {_HEADERS[name]: str(value) for name, value in named.items()}
+        if not all(value.isascii() for value in headers.values()):
+            return None
         headers["User-Agent"] = self.user_agent
+        if method == "PUT":
+            headers["Content-Length"] = str(len(body))
         url = f"{self.base}/{quote(arguments['Key'], safe='/-._~')}"
-        request = AWSRequest(method=method, url=url, headers=headers, data=body, stream_output=True)
+        request = AWSRequest(method=method, url=url, headers=headers)
         request.context["payload"] = base64.b64decode(named["ChecksumSHA256"]).hex() if method == "PUT" else _EMPTY
         _Signer(self.credentials.get_frozen_credentials(), "s3", self.region).add_auth(request)
-        response = self.session.send(request.prepare())
+        prepared = AWSPreparedRequest(method, url, dict(request.headers.items()), body or None, stream_output=True)
+        response = self.session.send(prepared)
         status = int(response.status_code)
         if status >= 300:
             raise _refusal(operation, status, response)
-        answer: dict[str, Any] = {"ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": _lower(response)}}
+        answer: dict[str, Any] = {"ResponseMetadata": {"HTTPStatusCode": status}}
         if method == "PUT":
             _drained(response)
             return answer
@@ -167,10 +172,6 @@ class Wire:
         if "content-range" in response.headers:
             answer["ContentRange"] = response.headers["content-range"]
         return answer
-
-
-def _lower(response: Any) -> dict[str, str]:
-    return {name.lower(): value for name, value in response.headers.items()}
 
 
 def _drained(response: Any) -> bytes:
@@ -187,8 +188,6 @@ def _refusal(operation: str, status: int, response: Any) -> Exception:
     code = found[1].decode("ascii") if found else str(status)
     if status in _ELSEWHERE or code in _ELSEWHERE:
         return Elsewhere(code)
-    described: Any = {
-        "Error": {"Code": code, "Message": ""},
-        "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": _lower(response)},
-    }
+    told = {name.lower(): value for name, value in response.headers.items()}
+    described: Any = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": told}}
     return ClientError(described, operation)
