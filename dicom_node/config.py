@@ -55,7 +55,11 @@ class NodeSection(Section):
     silence_s: float = Field(
         120.0, ge=10, description="A process of the node that gives no sign of life for this long is killed and started again."
     )
-    drain_s: float = Field(20.0, ge=0, description="On stop: seconds given to open associations, requests and jobs before they are cut.")
+    drain_s: float = Field(
+        20.0,
+        ge=0,
+        description="On stop: seconds given to open associations, requests and jobs, then they are cut; ten more for what hangs.",
+    )
 
 
 class DimseSection(Section):
@@ -92,9 +96,9 @@ class DicomwebSection(Section):
 class AdminSection(Section):
     """Metrics and health, on an address of their own."""
 
-    enabled: bool = Field(default=True, description="Serve /metrics, /healthz and /readyz.")
+    enabled: bool = Field(default=True, description="Serve /metrics, /healthz and /readyz; a role that runs alone serves its own.")
     host: str = Field("127.0.0.1", description="Address to listen on; these pages hold no patient data and need no login.")
-    port: Port = Field(8081, description="TCP port.")
+    port: Port = Field(8081, description="TCP port; several roles alone on one address: give each its own by serve --admin-port.")
 
 
 class ArchiveSection(Section):
