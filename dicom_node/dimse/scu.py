@@ -29,10 +29,12 @@ from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse import message
+from dicom_node.dimse.calling import TlsSocket
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.receive import ReceiveLimits, UpperLayer
 from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
 from dicom_node.peers import Peer
+from dicom_node.security import ClientTls
 from storage.errors import StorageError
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from storage.records import Summary
@@ -75,10 +77,10 @@ Outcome = Stored | DeliveryError | StorageError
 class Caller(AE):
     """An application entity for one association, read by our `UpperLayer`.
 
-    It keeps the association's socket, which the library leaves open when a call fails.
+    It keeps the association's socket, which the library leaves open when a call fails. With `tls` it calls `peer` by TLS.
     """
 
-    def __init__(self, ae_title: str, *, connect_s: float, answer_s: float) -> None:
+    def __init__(self, ae_title: str, *, connect_s: float, answer_s: float, peer: Peer | None = None, tls: ClientTls | None = None) -> None:
         super().__init__(ae_title=ae_title)
         self.connection_timeout = connect_s
         self.acse_timeout = connect_s
@@ -88,14 +90,23 @@ class Caller(AE):
         self.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         self._answer_s = answer_s
         self._limits = ReceiveLimits(maximum_pdu_length=self.maximum_pdu_size)
+        self._peer = peer
+        self._tls = tls
         self._connections: list[socket.socket] = []
+        self._secured: TlsSocket | None = None
 
     def _create_socket(self, *arguments: Any, **settings: Any) -> AssociationSocket:
         association: Association = arguments[0]
         association.dul = UpperLayer(association, limits=self._limits)
         association.acse_timeout = self.acse_timeout  # their setters reach into the provider, which is a new one
         association.network_timeout = self.network_timeout
-        wrapper = super()._create_socket(*arguments, **settings)
+        if self._tls is not None and self._peer is not None:
+            wrapper: AssociationSocket = TlsSocket(
+                association, arguments[1], tls=self._tls, peer=self._peer, send_s=max(self._answer_s, 1.0)
+            )
+            self._secured = cast("TlsSocket", wrapper)
+        else:
+            wrapper = super()._create_socket(*arguments, **settings)
         connection = cast("socket.socket", wrapper.socket)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", max(int(self._answer_s), 1), 0))
@@ -115,6 +126,13 @@ class Caller(AE):
                 thread.join()
         for connection in self._connections:
             connection.close()
+        if self._secured is not None:
+            self._secured.release()
+
+    @property
+    def tls_fault(self) -> str:
+        """What was wrong with TLS, and the remedy; empty: nothing."""
+        return self._secured.fault if self._secured is not None else ""
 
 
 class StorageSCU:
@@ -126,10 +144,13 @@ class StorageSCU:
         Ours.
     connect_s, answer_s
         Longest wait for connection and association, and for each answer.
+    tls
+        Whom we believe and what we show, for peers that are called by TLS. None: these cannot be called.
     """
 
-    def __init__(self, *, ae_title: str, connect_s: float = 10.0, answer_s: float = 30.0) -> None:
+    def __init__(self, *, ae_title: str, connect_s: float = 10.0, answer_s: float = 30.0, tls: ClientTls | None = None) -> None:
         quiet()
+        self._tls = tls
         self._ae_title = ae_title
         self._connect_s = connect_s
         self._answer_s = answer_s
@@ -209,12 +230,16 @@ class StorageSCU:
         """
         if not peer.callable or not peer.port:
             raise PeerUnreachable(f"{_name(peer)} has no address; give its [[peers]] entry a host and a port")
+        if peer.tls and self._tls is None:
+            raise PeerUnreachable(f"{_name(peer)} is called by TLS, and whom to believe is not configured; set authorities in [dimse] tls")
         try:
             found = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise PeerUnreachable(f"{_name(peer)}: the host name {peer.host} does not resolve; correct it or the name service") from error
+        fault = ""
         for address in dict.fromkeys(str(entry[4][0]) for entry in found):
-            caller = Caller(self._ae_title, connect_s=self._connect_s, answer_s=self._answer_s)
+            tls = self._tls if peer.tls else None
+            caller = Caller(self._ae_title, connect_s=self._connect_s, answer_s=self._answer_s, peer=peer, tls=tls)
             association = caller.associate(
                 address, peer.port, contexts=contexts, ae_title=peer.ae_title, max_pdu=caller.maximum_pdu_size, **settings
             )
@@ -228,8 +253,11 @@ class StorageSCU:
                         f"{_name(peer)} rejected the association ({answer.reason_str}); "
                         f"let it know our AE title {self._ae_title}, and check the AE title we call it by, {peer.ae_title}"
                     )
+                fault = caller.tls_fault or fault
             finally:
                 caller.close(association)
+        if fault:
+            raise PeerUnreachable(f"{_name(peer)}: {fault}")
         raise PeerUnreachable(f"{_name(peer)} did not answer at {peer.host} port {peer.port}; is it running, and is the port open?")
 
     def _store_one(self, association: Association, peer: Peer, instance: Sendable, message_id: int, sent: Callable[[], None]) -> Stored:
