@@ -32,6 +32,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
 from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Turnstile, UpperLayer, unobserved
+from dicom_node.dimse.refusing import Words
 from dicom_node.dimse.slots import Held, Slots
 from dicom_node.dimse.vestibule import Connection, Turned, Vestibule
 from dicom_node.peers import Peer, Peers, normal_address
@@ -39,6 +40,7 @@ from storage.errors import MismatchedInstance, StorageError
 from storage.iod import TRANSFER_SYNTAXES
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from storage.records import Announced, Origin
+from storage.refusals import Diary, NoDiary
 
 if TYPE_CHECKING:
     from dicom_node.dimse.services import Service
@@ -116,6 +118,8 @@ class StorageSCP:
         Counts associations together with other processes that listen on the same port; None: this one listens alone.
     tls
         Gives the TLS context of the next connection; None: no TLS.
+    refusals
+        Takes note of what is refused; None: nobody does.
     observe
         Told what happens, for metrics: ``observe(event, **labels)``. Events: ``association.accepted`` (peer),
         ``association.rejected`` (reason), ``association.violation`` (reason), ``association.failed``, ``association.ended`` (peer),
@@ -138,6 +142,7 @@ class StorageSCP:
         services: Sequence[Service] = (),
         slots: Slots | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
+        refusals: Diary | None = None,
         observe: Callable[..., None] = unobserved,
     ) -> None:
         quiet()
@@ -153,6 +158,7 @@ class StorageSCP:
         self._message_bytes = message_bytes
         self.limits = limits or ReceiveLimits()
         self.observe = observe
+        self.words = Words(refusals or NoDiary(), peers=peers, ae_title=ae_title)
         self.entity = AE(ae_title=ae_title)
         self.entity.maximum_pdu_size = self.limits.maximum_pdu_length
         self.entity.acse_timeout = self.limits.handshake_s
@@ -264,6 +270,19 @@ class StorageSCP:
                     context.scu_role = context.scp_role = True
         return [build_context(VERIFICATION, DEFAULT_TRANSFER_SYNTAXES), *supported]
 
+    def note_contexts(self, association: AcceptedAssociation) -> None:
+        """Take note of the contexts of an association that were rejected."""
+        rejected = association.rejected_contexts
+        if not rejected:
+            return
+        self.words.contexts(
+            association.proposal.presentation_context_definition_list,
+            rejected,
+            origin=association.origin(),
+            takes=lambda uid: uid == VERIFICATION or uid in self._services or is_storage(uid, unknown=self._unknown_sop_classes),
+            permits=lambda uid: uid not in self._services or self._services[uid].permitted(association.peer),
+        )
+
     def service_of(self, context: PresentationContext) -> Service | None:
         """Return what answers requests in a context; None: pynetdicom does."""
         return self._services.get(str(context.abstract_syntax))
@@ -277,6 +296,7 @@ class StorageSCP:
             abstract_syntax=str(context.abstract_syntax),
             request=request,
             message_bytes=self._message_bytes,
+            words=self.words,
             observe=self.observe,
         )
 
@@ -300,6 +320,7 @@ class StorageSCP:
         with self._lock:
             if self._draining or len(self._open) >= self._slots.total + _LOOKED_AT:
                 self.observe("association.rejected", reason=LOCAL_LIMIT.reason)
+                self.words.association(LOCAL_LIMIT, address=normal_address(str(address[0])), calling_ae_title="", called_ae_title="")
                 return struct.pack(">BxLBBBB", 0x03, 4, 0, LOCAL_LIMIT.result, LOCAL_LIMIT.source, LOCAL_LIMIT.diagnostic)
             association = AcceptedAssociation(self, connection, address, request)
             self._open.add(association)
@@ -314,6 +335,7 @@ class StorageSCP:
     def _turned(self, turned: Turned) -> None:
         self.observe("association.refused", reason=turned.reason)
         address = normal_address(turned.address)
+        self.words.connection(turned.reason, address=address, error=turned.error)
         said_at, silent = self._said.get((address, turned.reason), (-_SAY_AGAIN_S, 0))
         if time.monotonic() - said_at < _SAY_AGAIN_S:
             self._said[address, turned.reason] = said_at, silent + 1
@@ -336,6 +358,7 @@ class AdmittingACSE(ACSE):
         if rejection is not None:
             log.warning("association.rejected", reason=rejection.reason, address=self.assoc.address, **titles)
             self.assoc.door.observe("association.rejected", reason=rejection.reason)
+            self.assoc.door.words.association(rejection, address=self.assoc.address, **titles)
             self.send_reject(rejection.result, rejection.source, rejection.diagnostic)
             self.assoc.is_rejected = True
             self.assoc.kill()
@@ -345,6 +368,7 @@ class AdmittingACSE(ACSE):
         self.assoc.door.observe("association.accepted", peer=name)
         self.acceptor.supported_contexts = self.assoc.door.supported(request.presentation_context_definition_list, self.assoc.peer)
         super()._negotiate_as_acceptor()
+        self.assoc.door.note_contexts(self.assoc)
 
 
 class AcceptedAssociation(Association):
@@ -372,7 +396,7 @@ class AcceptedAssociation(Association):
             limits=door.limits,
             received=request,
             begin_store=lambda context, request: door.begin_store(self, context, request),
-            observe=door.observe,
+            observe=self._observed,
         )
         turnstile = Turnstile()
         self._reactor_checkpoint = turnstile
@@ -422,6 +446,11 @@ class AcceptedAssociation(Association):
             self.abort(block=False)
         self.dimse.cancel_req.clear()
 
+    def _observed(self, event: str, **labels: object) -> None:
+        self.door.observe(event, **labels)
+        if event == "association.violation" and self.requestor.primitive is not None:
+            self.door.words.violation(str(labels["reason"]), self.origin())
+
     def origin(self) -> Origin:
         """Say who sent what arrives now."""
         request = self.proposal
@@ -450,9 +479,12 @@ class StoreReception:
         abstract_syntax: str,
         request: StoreRequest,
         message_bytes: int,
+        words: Words,
         observe: Callable[..., None],
     ) -> None:
         self._observe = observe
+        self._words = words
+        self._origin = origin
         self._peer = origin.peer
         self._message_bytes = message_bytes
         self._count = 0
@@ -502,6 +534,7 @@ class StoreReception:
         status, reason = self._failure or (PROCESSING_FAILURE, "processing failure")
         log.warning("instance.refused", peer=self._peer, status=f"{status:04X}", reason=reason)
         self._observe("instance.refused", peer=self._peer, status=status)
+        self._words.instance(status, reason, self._origin)
         return status, reason
 
     def abort(self) -> None:
