@@ -104,10 +104,21 @@ def keys_rotate(config_file: ConfigOption = None) -> None:
 
 @keys_app.command("remove")
 def keys_remove(key_id: KeyArgument, config_file: ConfigOption = None) -> None:
-    """Take a key out of the ring, once it wraps nothing any more."""
+    """Take a key out of the ring, once it wraps nothing any more; documents in the store that no row knows are re-wrapped before."""
     from dicom_node import storehouse
+    from storage.retirement import Retirement
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        parts.study_keys.retire(key_id)
-        parts.audit.record(AuditEvent(action="keys.removed", outcome="success", actor="operator", detail={"key": key_id}))
+        retirement = Retirement(
+            database=parts.database,
+            study_keys=parts.study_keys,
+            ring=parts.ring,
+            audit=parts.audit,
+            store=parts.store,
+            spool=parts.spool,
+        )
+        with progress_bar("looking through documents") as progress:
+            re_wrapped = retirement.retire(key_id, progress=progress)
+        detail = {"key": key_id, "documents_re_wrapped": re_wrapped}
+        parts.audit.record(AuditEvent(action="keys.removed", outcome="success", actor="operator", detail=detail))
         typer.echo(f"{parts.ring.path}: key {key_id} removed. Destroy its copies when no backup needs it.")

@@ -21,7 +21,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -268,8 +268,11 @@ class Ring:
             _write(path, content.with_primary(key_id, content.secret(path)), replacing=True)
 
     @classmethod
-    def remove(cls, path: Path | str, key_id: str) -> None:
-        """Take a key out of the ring: what it wrapped opens no more. Ask ``StudyKeys.retire`` instead, which looks that nothing uses it.
+    @contextmanager
+    def removal(cls, path: Path | str, key_id: str) -> Iterator[Callable[[], None]]:
+        """Keep others from changing the ring, and give what takes a key out of it: what that wrapped opens no more.
+
+        Ask ``storage.retirement`` instead, which looks that nothing uses it.
 
         Raises
         ------
@@ -283,7 +286,13 @@ class Ring:
             if key_id == content.primary:
                 raise Unavailable(f"key {key_id} is the primary key of the ring: add or promote another one, then rotate, then remove it")
             keys = {other: entry for other, entry in content.keys.items() if other != key_id}
-            _write(path, replace(content, keys=keys), replacing=True)
+            yield lambda: _write(path, replace(content, keys=keys), replacing=True)
+
+    @classmethod
+    def remove(cls, path: Path | str, key_id: str) -> None:
+        """Take a key out of the ring at once. Raises as :meth:`removal`."""
+        with cls.removal(path, key_id) as take_out:
+            take_out()
 
     @classmethod
     def shown(cls, path: Path | str) -> list[KeyInfo]:

@@ -460,26 +460,27 @@ class StudyKeys:
             return connection.execute(_USED, {"key_id": wrapping_key_id}).first() is None
 
     def retire(self, wrapping_key_id: str) -> None:
-        """Remove a key from the ring file, unless something uses it.
+        """Remove a key from the ring file, unless a row uses it. Documents without a row: see ``storage.retirement``.
 
         Raises
         ------
         Unavailable
-            A study key is wrapped by it; or as ``Ring.remove``.
+            A study key is wrapped by it; or as ``Ring.removal``.
 
         Notes
         -----
         Looked up and removed in one write transaction, and a new row asks the ring in its own: no row comes between. That holds for all
-        processes that share this file; a node with a copy of the ring needs the new copy before.
+        processes that share this file; a node with a copy of the ring needs the new copy before. The ring is locked before the
+        transaction begins: whoever holds it meanwhile must not make everybody's commits wait.
         """
+        with Ring.removal(self._ring.path, wrapping_key_id) as take_out:
 
-        def work(connection: Connection) -> None:
-            used = connection.execute(_USED, {"key_id": wrapping_key_id}).first() is not None
-            if used and wrapping_key_id != self._ring.primary_key_id:  # the primary key is refused below, with the right remedy
-                raise Unavailable(f"key {wrapping_key_id} still wraps study keys: run `dicom-node keys rotate`, then remove it")
-            Ring.remove(self._ring.path, wrapping_key_id)
+            def work(connection: Connection) -> None:
+                if connection.execute(_USED, {"key_id": wrapping_key_id}).first() is not None:
+                    raise Unavailable(f"key {wrapping_key_id} still wraps study keys: run `dicom-node keys rotate`, then remove it")
+                take_out()
 
-        self._database.write(work)
+            self._database.write(work)
 
     def _left(self, after: str) -> list[Row[Any]]:
         with self._database.read() as connection:

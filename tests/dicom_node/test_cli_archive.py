@@ -60,3 +60,15 @@ def test_a_clock_that_is_doubted_is_confirmed(typed: Type) -> None:
     assert (doubted.exit_code, "retention --confirm-clock" in doubted.stderr) == (1, True)
     assert typed("retention", "--confirm-clock").exit_code == 0
     assert typed("retention").exit_code == 0
+
+
+def test_a_key_is_changed(typed: Type) -> None:
+    """Added, rotated, the former one removed: the list shows the new one alone, and the audit trail what was done."""
+    with opened() as parts:
+        former = parts.ring.primary_key_id
+    assert typed("keys", "remove", former).exit_code == 1
+    for words in (("add",), ("rotate",), ("remove", former)):
+        assert typed("keys", *words).exit_code == 0
+    assert former not in typed("keys", "list").stdout
+    with opened() as parts:
+        assert [entry.event.action for entry in parts.audit.entries()] == ["keys.rotated", "keys.removed"]
