@@ -147,12 +147,27 @@ class Admission:
         self._reach("landing.flushed")
         try:
             if not study_key.stored:
-                self._places.keep_document(document_name(study_key.id), self._study_keys.document(study_key), policy)
+                self._keep_key(study_key, policy)
             return self._places.put(record, file.path, policy)
         except Unavailable as error:
             if isinstance(error.__cause__, OSError):
                 self._landing.failure(error.__cause__)  # remembers an input/output error
             raise
+
+    def _keep_key(self, study_key: StudyKey, policy: Acknowledge) -> None:
+        """Put the document of a study's key where the object goes, as the row has it now.
+
+        What this process remembers may be from before a rotation: that document would replace the newer one that the row vouches for, and
+        were this instance refused after that, nobody would put it right before the old wrapping key is retired.
+        """
+        if not self._places.lands(policy):
+            try:
+                study_key = self._study_keys.get(study_key.id)
+            except IntegrityError as error:
+                raise Unavailable("the keys of the study changed while this instance arrived (erased, perhaps): send it again") from error
+            if study_key.stored:
+                return
+        self._places.keep_document(document_name(study_key.id), self._study_keys.document(study_key), policy)
 
     def add_in(self, connection: Connection, record: InstanceRecord, study_key: StudyKey) -> None:
         """File an instance, or have its row where its object lies, with its study key; the Mover's job too if it landed."""

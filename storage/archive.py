@@ -595,7 +595,7 @@ class Archive:
         try:
             self._publish_key(record)
             self._reach("bring.key_published")
-            self._places.bring(record)
+            self._places.bring(record, still=lambda: self._index.record_of_object(object_key) == record)
         except InstanceNotFound as error:
             lost = IntegrityError(
                 f"landed object {object_key} is in neither spool nor store: the disk lost it; have the instance sent again"

@@ -35,6 +35,7 @@ from storage.erasure import erased_keys
 from storage.errors import ColdObject, InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import InstanceRecord, JobKind, JobState, NewJob, ReportRecord
+from storage.scrub import Unread
 from storage.study_keys import STUDY_KEYS, document_name
 from storage.testimony import KeyRing, NoStudyKey, Testimony, hear
 from storage.work import JOBS
@@ -58,7 +59,7 @@ _AT_ONCE = 8
 _log = logging.getLogger(__name__)
 
 _LEFT = (InstanceNotFound, IntegrityError, ColdObject)
-"""Errors that tell of one orphan; any other ends the sweep."""
+"""Errors that tell of one orphan. Unavailable may: twenty in a row end the sweep."""
 
 Fate = Literal["deleted", "adopted", "healed", "quarantined", "waiting", "unreadable"]
 
@@ -156,7 +157,7 @@ class Orphans:
         Raises
         ------
         Unavailable
-            Store or database cannot be read; what was decided stays so.
+            Store or database cannot be read; what was decided stays so. One object that cannot be read is *waiting*, and the sweep goes on.
         """
         swept = Swept()
         before = self._clock() - grace
@@ -175,7 +176,7 @@ class Orphans:
             keys = KeyRing(self._study_keys, self._stores())
             old = (info.object_key for info in spool.list() if info.modified_at < before)
             self._sweep_objects(old, keys, swept, in_spool=True, restored=restored, pace=pace)
-            self._sweep_spool_documents(spool, before, swept)
+            self._sweep_spool_documents(spool, before, keys, swept)
             spool.clean_uploads(before)
         return swept
 
@@ -188,21 +189,27 @@ class Orphans:
         self, object_keys: Iterator[str], keys: KeyRing, swept: Swept, *, in_spool: bool, restored: bool, pace: Callable[[int], object]
     ) -> None:
         found: list[_Orphan] = []
+        unread = Unread()
         with ThreadPoolExecutor(_AT_ONCE if self._places.remote else 1, "orphans") as pool:
             while page := list(islice(object_keys, _PAGE)):
                 pace(0)
                 orphans = self._without_row(page, in_spool=in_spool)
-                for fate, orphan in pool.map(partial(self._look, keys=keys, in_spool=in_spool, restored=restored), orphans):
-                    swept.note(fate)
+                look = partial(self._look, keys=keys, in_spool=in_spool, restored=restored)
+                for object_key, (seen, orphan) in zip(orphans, pool.map(look, orphans), strict=True):
+                    swept.note(_noted(unread, object_key, seen))
                     found += [orphan] if orphan is not None else []
         analysed = {orphan.analysed for orphan in found}
         found.sort(key=lambda orphan: (orphan.is_report, orphan.received_at, orphan.object_key))
         for orphan in found:
             self._reach("orphan.judged")
+            judged: Fate | Unavailable | None
             try:
-                swept.note(self._settle(orphan, keys, analysed, restored=restored, pace=pace))
+                judged = self._settle(orphan, keys, analysed, restored=restored, pace=pace)
             except _LEFT as error:
-                swept.note(_left(orphan.object_key, error))
+                judged = _left(orphan.object_key, error)
+            except Unavailable as error:
+                judged = error
+            swept.note(_noted(unread, orphan.object_key, judged))
 
     def _without_row(self, object_keys: list[str], *, in_spool: bool) -> list[str]:
         known = self._index.known_objects(object_keys)
@@ -213,18 +220,21 @@ class Orphans:
                     self._places.settle(record.sealed)  # brought into the store; the Mover died before it tidied up
         return [object_key for object_key in object_keys if object_key not in known]
 
-    def _look(self, object_key: str, *, keys: KeyRing, in_spool: bool, restored: bool) -> tuple[Fate | None, _Orphan | None]:
-        """Read an orphan's record; what nobody can open is done with."""
+    def _look(self, object_key: str, *, keys: KeyRing, in_spool: bool, restored: bool) -> tuple[Fate | Unavailable | None, _Orphan | None]:
+        """Read an orphan's record; what nobody can open is done with. Unavailable is handed back."""
         try:
-            heard = self._hear(object_key, keys, in_spool=in_spool, told_sha256=lambda: "-")
-        except NoStudyKey as error:
-            if restored or keys.listed(error.study_key_id):
-                return "waiting", None  # table or documents may be older than they should be, or the store was wrong about one of them
-            _log.warning("orphan.without_key", extra={"object_key": object_key, "study_key_id": error.study_key_id})
-            self._delete(object_key, in_spool=in_spool)
-            return "deleted", None
+            try:
+                heard = self._hear(object_key, keys, in_spool=in_spool, told_sha256=lambda: "-")
+            except NoStudyKey as error:
+                if restored or keys.listed(error.study_key_id):
+                    return "waiting", None  # table or documents may be older than they should be, or the store was wrong about one of them
+                _log.warning("orphan.without_key", extra={"object_key": object_key, "study_key_id": error.study_key_id})
+                self._delete(object_key, in_spool=in_spool)
+                return "deleted", None
         except _LEFT as error:
             return _left(object_key, error), None
+        except Unavailable as error:
+            return error, None
         analysed = str(heard.report["source_sop_instance_uid"]) if heard.report is not None and heard.report["kind"] == "summary" else ""
         return None, _Orphan(heard.report is not None, heard.record.origin.received_at, object_key, in_spool, analysed)
 
@@ -403,6 +413,7 @@ class Orphans:
             known = self._study_keys.known(page)
             candidates += [study_key_id for study_key_id in page if study_key_id not in known]
         needed: set[str] | None = None
+        unread = Unread()
         for study_key_id in candidates:
             try:
                 key = self._study_keys.from_document(store.get_document(document_name(study_key_id)))
@@ -412,19 +423,27 @@ class Orphans:
                 _log.error("study_key.document_unreadable", extra={"study_key_id": study_key_id, "reason": str(error)})
                 swept.unreadable += 1
                 continue
+            except Unavailable as error:
+                unread.note(document_name(study_key_id), error)
+                swept.waiting += 1
+                continue
+            unread.over()
             if study_key_id not in (erased_keys(self._audit, key.study_instance_uid) or ()):
                 if key.created_at >= before:
                     continue
                 if needed is None:
-                    needed = self._needed_keys(keys)
+                    needed = self._needed_keys(keys, in_spool=False)
+                    landed = self._needed_keys(keys, in_spool=True)
+                    needed = None if needed is None or landed is None else needed | landed
                 if needed is None or study_key_id in needed:
                     continue
             if not self._study_keys.known([study_key_id]):
                 store.delete_document(document_name(study_key_id))
                 swept.documents += 1
 
-    def _sweep_spool_documents(self, spool: DirectoryStore, before: datetime, swept: Swept) -> None:
-        """Delete documents of keys that are in the store by now, that were erased, or that were never admitted."""
+    def _sweep_spool_documents(self, spool: DirectoryStore, before: datetime, keys: KeyRing, swept: Swept) -> None:
+        """Delete documents of keys that are in the store by now, that were erased, or that neither a row knows nor an object needs."""
+        needed: set[str] | None = None
         names = spool.list_documents("keys/")
         while page := [name.rpartition("/")[2] for name in islice(names, _PAGE)]:
             with self._database.read() as connection:
@@ -432,34 +451,54 @@ class Orphans:
                 stored = {row.id: bool(row.stored) for row in rows}
             for study_key_id in page:
                 name = document_name(study_key_id)
-                if stored.get(study_key_id, False) or (study_key_id not in stored and self._is_over(spool, name, before, swept)):
+                over = stored.get(study_key_id, False)
+                if study_key_id not in stored:
+                    age = self._age(spool, name, before)
+                    if age == "old":
+                        # asked now, for each that is old: younger objects, not adopted yet, may need it
+                        needed = self._needed_keys(keys, in_spool=True) if needed is None else needed
+                        if needed is None:
+                            return
+                    over = age == "erased" or (age == "old" and needed is not None and study_key_id not in needed)
+                if over:
                     spool.delete_document(name)
                     swept.documents += 1
 
-    def _is_over(self, spool: DirectoryStore, name: str, before: datetime, swept: Swept) -> bool:
-        """Tell whether a key without a row will have none: what it opens would have been adopted by now."""
+    def _age(self, spool: DirectoryStore, name: str, before: datetime) -> Literal["erased", "old", "young"]:
+        """Tell of a key without a row whether it was erased, or how old it is; one that cannot be read is kept, as a young one is."""
         try:
             key = self._study_keys.from_document(spool.get_document(name))
-        except (InstanceNotFound, IntegrityError):
-            return False
+        except (InstanceNotFound, IntegrityError, Unavailable) as error:
+            _log.warning("study_key.document_unreadable", extra={"study_key_id": name.rpartition("/")[2], "reason": str(error)})
+            return "young"
         if key.id in (erased_keys(self._audit, key.study_instance_uid) or ()):
-            return True
-        return key.created_at < before and not swept.waiting and not swept.unreadable
+            return "erased"
+        return "old" if key.created_at < before else "young"
 
-    def _needed_keys(self, keys: KeyRing) -> set[str] | None:
-        """Return the keys of all objects without a row that are still there; None when one does not say."""
+    def _needed_keys(self, keys: KeyRing, *, in_spool: bool) -> set[str] | None:
+        """Return the keys of all objects without a row that are still there, young ones too; None when one does not say."""
         needed: set[str] = set()
-        everything = (info.object_key for info in self._places.store.list())
+        place = self._places.spool if in_spool else self._places.store
+        everything = (info.object_key for info in place.list()) if place is not None else iter(())
         while page := list(islice(everything, _PAGE)):
-            for object_key in self._without_row(page, in_spool=False):
+            for object_key in self._without_row(page, in_spool=in_spool):
                 try:
-                    needed.add(self._hear(object_key, keys, in_spool=False, told_sha256=lambda: "-").study_key.id)
+                    needed.add(self._hear(object_key, keys, in_spool=in_spool, told_sha256=lambda: "-").study_key.id)
                 except (NoStudyKey, InstanceNotFound):
                     continue
                 except (IntegrityError, Unavailable) as error:
                     _log.warning("orphan.waiting", extra={"object_key": object_key, "reason": str(error)})
                     return None
         return needed
+
+
+def _noted(unread: Unread, object_key: str, seen: Fate | Unavailable | None) -> Fate | None:
+    """Return what became of an orphan, one that cannot be read now waits; raises when so many in a row could not."""
+    if isinstance(seen, Unavailable):
+        unread.note(object_key, seen)
+        return "waiting"
+    unread.over()
+    return seen
 
 
 def _left(object_key: str, error: StorageError) -> Fate | None:

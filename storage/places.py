@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from storage.errors import InstanceNotFound, IntegrityError, StorageError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from storage.cache import ReadCache
@@ -178,8 +178,15 @@ class Places:
         finally:
             reader.close()
 
-    def bring(self, record: InstanceRecord) -> None:
+    def bring(self, record: InstanceRecord, *, still: Callable[[], bool] = lambda: True) -> None:
         """Bring a landed object into the store; on return its digest there is confirmed. The spool keeps its file.
+
+        Parameters
+        ----------
+        record
+            Of the instance.
+        still
+            Asked before anything in the store is deleted: does its row still say that the object lies here?
 
         Raises
         ------
@@ -215,7 +222,9 @@ class Places:
             _log.warning("store.spoilt", extra={"object_key": object_key, "reason": str(error)})
             try:
                 self.require_whole(replace(record, landed_on=""))
-            except (InstanceNotFound, IntegrityError):
+            except (InstanceNotFound, IntegrityError) as found:
+                if not still():  # brought by another process meanwhile: what is there now is the row's own
+                    raise Unavailable("the object was brought, replaced or erased meanwhile: its row says what is left to do") from found
                 self.store.delete(object_key)
                 self.store.put(object_key, path, record.sealed, tags=tags)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from storage.errors import ColdObject, InstanceNotFound, IntegrityError
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError, Unavailable
 from storage.records import AuditEvent
-from storage.scrub import Elsewhere, alarm, check_object
+from storage.scrub import Elsewhere, Unread, alarm, check_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,11 +40,13 @@ class Reconciliation:
     """First break of the audit trail's chain; empty when there is none."""
     unread: int = 0
     """Of the objects: those in a cold class, whose length alone was compared, and those on another node's disk yet."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Object key -> why the store or its disk cannot give it now, though it gives others."""
 
     @property
     def intact(self) -> bool:
-        """Whether nothing that was acknowledged is lost or changed; objects without a row are no loss."""
-        return not self.missing and not self.damaged and not self.audit_fault
+        """Whether nothing that was acknowledged is lost, changed or in doubt; objects without a row are no loss."""
+        return not self.missing and not self.damaged and not self.unreadable and not self.audit_fault
 
     def lines(self) -> list[str]:
         """Return the findings for people, one a line; object keys, no identities."""
@@ -53,6 +55,7 @@ class Reconciliation:
             *([f"{self.unread} of them lie in a cold class or on another node's disk: not read"] if self.unread else []),
             *(f"object {key} is gone from the store" for key in self.missing),
             *(f"object {key}: {reason}" for key, reason in self.damaged.items()),
+            *(f"object {key} cannot be read now, others can: {reason}" for key, reason in self.unreadable.items()),
             *(f"object {key} is in no row of the index: left by a crash, or the index is older than the store" for key in self.unindexed),
             f"audit trail: {self.audit_fault}" if self.audit_fault else "audit trail: whole",
         ]
@@ -75,17 +78,24 @@ def verify(
     Raises
     ------
     Unavailable
-        Store or database cannot be read; nothing can be said of what is left.
+        Store or database cannot be read; nothing can be said of what is left. Where it is a few objects alone, they are named.
     """
     store = places.store
     missing: list[str] = []
     damaged: dict[str, str] = {}
+    unreadable: dict[str, str] = {}
+    patience = Unread()
     checked = byte_count = unread = 0
     for known in index.all_objects():
         try:
             check_object(known, index=index, places=places, study_keys=study_keys, thorough=True)
+            patience.over()
         except (ColdObject, Elsewhere):
             unread += 1
+        except Unavailable as error:
+            patience.note(known.object_key, error)
+            unreadable[known.object_key] = str(error)
+            continue
         except (InstanceNotFound, IntegrityError) as error:
             if index.record_of_object(known.object_key) is None:
                 continue  # erased or replaced meanwhile
@@ -106,13 +116,20 @@ def verify(
     known_now = index.known_objects(unindexed)
     unindexed = [object_key for object_key in unindexed if object_key not in known_now and _there(store, object_key)]
     fault = audit.verify()
-    found = Reconciliation(checked, byte_count, missing, damaged, unindexed, fault.reason if fault else "", unread)
+    found = Reconciliation(checked, byte_count, missing, damaged, unindexed, fault.reason if fault else "", unread, unreadable)
     audit.record(
         AuditEvent(
             action="archive.verified",
-            outcome="success" if found.intact else "objects or audit records are missing or damaged",
+            outcome="success" if found.intact else "objects or audit records are missing, damaged or cannot be read",
             actor="node",
-            detail={"checked": checked, "missing": len(missing), "damaged": len(damaged), "unindexed": len(unindexed), "unread": unread},
+            detail={
+                "checked": checked,
+                "missing": len(missing),
+                "damaged": len(damaged),
+                "unindexed": len(unindexed),
+                "unread": unread,
+                "unreadable": len(unreadable),
+            },
         ),
     )
     return found
@@ -123,4 +140,6 @@ def _there(store: ObjectStore, object_key: str) -> bool:
         store.stat(object_key)
     except InstanceNotFound:
         return False
+    except Unavailable:
+        return True  # the listing names it
     return True

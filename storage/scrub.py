@@ -157,19 +157,15 @@ class Scrub:
     # -- objects -----------------------------------------------------------------------------------------------------------------
 
     def _objects(self, after: str, found: Scrubbed, save: Callable[[str], object], pace: Pace, *, quarantined: bool) -> None:
-        at, in_a_row = int(after or 0), 0
+        at, unread = int(after or 0), Unread()
         while page := self._index.objects_after(at, quarantined=quarantined):
             for known in page:
                 try:
                     self._object(known, found, pace)
-                    in_a_row = 0
-                except Unavailable as error:  # of one object: a bad sector must not keep all behind it from being looked at
-                    in_a_row += 1
-                    if in_a_row == _UNREADABLE_IN_A_ROW:
-                        found.unreadable -= in_a_row - 1
-                        raise
+                    unread.over()
+                except Unavailable as error:
+                    unread.note(known.object_key, error)
                     found.unreadable += 1
-                    _log.error("object.unreadable", extra={"object_key": known.object_key, "reason": str(error)})
             at = page[-1].id
             save(f"{'quarantine' if quarantined else 'instances'} {at}")
 
@@ -291,6 +287,27 @@ class Scrub:
         pace(0)
         fault = self._audit.verify()
         found.audit_fault = fault.reason if fault else ""
+
+
+class Unread:
+    """Objects that cannot be read now.
+
+    One bad sector must not keep all behind it from being looked at; but when many in a row cannot be read, the store is away.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def over(self) -> None:
+        """Note that one could be read: those before it were at fault, not the store."""
+        self._in_a_row = 0
+
+    def note(self, object_key: str, error: Unavailable) -> None:
+        """Note one, and log it; after so many in a row the store is away, and the error is raised."""
+        self._in_a_row += 1
+        if self._in_a_row >= _UNREADABLE_IN_A_ROW:
+            raise error
+        _log.error("object.unreadable", extra={"object_key": object_key, "reason": str(error)})
 
 
 class Elsewhere(Unavailable):

@@ -104,13 +104,17 @@ class KeyRing:
             raise IntegrityError("the object names its study key by no key's name: it is damaged")
         if self._study_keys.known([study_key_id]):
             return self._study_keys.get(study_key_id)
+        damaged: IntegrityError | None = None
         for store in self._stores:
             try:
                 key = self._study_keys.from_document(store.get_document(document_name(study_key_id)))
             except InstanceNotFound:
                 continue
+            except IntegrityError as error:
+                damaged = damaged or error  # another store may have a good one
+                continue
             return replace(key, stored=store is self._stores[0])
-        raise NoStudyKey(study_key_id)
+        raise damaged or NoStudyKey(study_key_id)
 
 
 class _Unwrapper:

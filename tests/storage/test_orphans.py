@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
-from datetime import timedelta
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from storage.errors import ConflictingInstance, InstanceNotFound
-from storage.objects import DirectoryStore, ObjectStore
-from storage.records import InstanceRecord, JobKind, JobState
+from storage.errors import ConflictingInstance, InstanceNotFound, Unavailable
+from storage.keys import Ring
+from storage.objects import DirectoryStore, ObjectReader, ObjectStore
+from storage.records import InstanceRecord, JobKind, JobState, SealedObject
 from tests.storage.conftest import Build
 from tests.storage.house import House, origin_of
 from tests.storage.samples import Sample, new_uid, photograph
@@ -276,3 +280,139 @@ def test_one_wrong_answer_of_the_store_deletes_nothing(houses: Build, house: Hou
     honest = restored(houses, house, store=DirectoryStore(house.folder / "objects"), name="honest")
     assert honest.archive.orphans().sweep(grace=NOW).adopted == 1
     assert honest.read(sample.sop_instance_uid) == sample.data_set
+
+
+class _Sectors(DirectoryStore):
+    """A store on a disk with bad sectors."""
+
+    bad: frozenset[str] = frozenset()
+
+    def open(self, object_key: str) -> ObjectReader:
+        if object_key in self.bad:
+            raise Unavailable("the disk reports an I/O error")
+        return super().open(object_key)
+
+
+def test_one_object_that_cannot_be_read_does_not_end_the_sweep(houses: Build, house: House) -> None:
+    """It waits, and all others are decided about; twenty in a row, and it is the store that is away."""
+    samples = [photograph() for _ in range(22)]
+    for sample in samples:
+        house.ingest(sample)
+    bad = house.index.find(samples[7].sop_instance_uid).sealed.object_key
+    store = _Sectors(house.folder / "objects")
+    store.bad = frozenset({bad})
+    again = restored(houses, house, store=store)
+    store.bad = frozenset(house.objects())
+    with pytest.raises(Unavailable, match="I/O error"):
+        again.archive.orphans().sweep(grace=NOW)
+    store.bad = frozenset({bad})
+    swept = again.archive.orphans().sweep(grace=NOW)
+    assert (swept.adopted, swept.waiting, swept.deleted, swept.documents) == (21, 1, 0, 0)
+    assert not again.archive.verify().missing
+    store.bad = frozenset()
+    assert again.archive.orphans().sweep(grace=NOW).adopted == 1
+    assert again.read(samples[7].sop_instance_uid) == samples[7].data_set
+
+
+def test_verify_reads_on_past_an_object_that_cannot_be_read(houses: Build) -> None:
+    """It is named, and verify does not say that all is well; twenty in a row, and it is the store that is away."""
+    store = _Sectors(houses().folder / "objects")
+    house = houses(store=store)
+    for _ in range(21):
+        house.ingest(photograph())
+    some = house.objects()[3]
+    store.bad = frozenset({some})
+    found = house.archive.verify()
+    assert (found.checked, list(found.unreadable), found.intact) == (20, [some], False)
+    assert any(some in line and "cannot be read now" in line for line in found.lines())
+    store.bad = frozenset(house.objects())
+    with pytest.raises(Unavailable, match="I/O error"):
+        house.archive.verify()
+
+
+def without_database(houses: Build, house: House, store: ObjectStore) -> House:
+    """Return a house over the same bucket, spool and keys, whose database was lost."""
+    folder = house.folder.with_name("without")
+    folder.mkdir()
+    shutil.copy(house.folder / "keys.json", folder / "keys.json")
+    shutil.copytree(house.folder / "landed", folder / "landed")
+    return houses("without", store=store, node_id=NODE)
+
+
+def test_the_key_of_a_younger_landed_object_stays(houses: Build, s3_store: ObjectStore) -> None:
+    """After a loss of the database an old key's document waits in the spool for the young objects under it."""
+    house = houses(store=s3_store, node_id=NODE)
+    sample = photograph()
+    house.ingest(sample)
+    again = without_database(houses, house, s3_store)
+    spool = again.archive._places.spool
+    assert spool is not None
+    later = datetime.now(UTC) + timedelta(hours=1)
+    os.utime(spool.path_of(house.index.find(sample.sop_instance_uid).sealed.object_key), (later.timestamp(), later.timestamp()))
+    assert again.archive.orphans().sweep_spool(grace=NOW).documents == 0
+    assert again.archive.orphans().sweep_spool(grace=-timedelta(hours=2)).adopted == 1
+    assert again.read(sample.sop_instance_uid) == sample.data_set
+
+
+def test_a_spoilt_document_in_the_store_does_not_hide_that_in_the_spool(houses: Build, s3_store: ObjectStore) -> None:
+    """The store kept half of a key's document; the landed object is adopted by that beside it (seed 20207)."""
+    house = houses(store=s3_store, node_id=NODE)
+    sample = photograph()
+    house.ingest(sample)
+    again = without_database(houses, house, s3_store)
+    key_id = house.index.find(sample.sop_instance_uid).sealed.key_id
+    s3_store.put_document(f"keys/{key_id[:2]}/{key_id}", b"{")
+    assert again.archive.orphans().sweep_spool(grace=NOW).adopted == 1
+    assert again.read(sample.sop_instance_uid) == sample.data_set
+    assert not again.study_keys.get(key_id).stored
+
+
+class _Full(DirectoryStore):
+    """A store that takes documents, and objects only at times."""
+
+    remote = True
+    full = False
+
+    def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:
+        if self.full:
+            raise Unavailable("the store is full")
+        super().put(object_key, path, sealed, tags=tags)
+
+
+def test_a_refused_instance_does_not_replace_the_document_of_its_key(houses: Build) -> None:
+    """What a process remembers of a key from before a rotation never replaces the newer document that the row vouches for."""
+    store = _Full(houses().folder / "bucket")
+    house = houses("landing", store=store, node_id=NODE, acknowledge=lambda origin: "archive" if origin.peer == "strict" else "land")
+    sample = photograph()
+    house.ingest(sample)
+    Ring.add(house.folder / "keys.json")
+    house.ring.holds("")
+    house.study_keys.rotate(put_document=store.put_document, delete_document=store.delete_document)
+    store.full = True
+    with pytest.raises(Unavailable, match="full"):
+        house.ingest(photograph(study=sample.study_instance_uid), peer="strict")
+    for key in Ring.shown(house.folder / "keys.json"):
+        if not key.primary:
+            house.study_keys.retire(key.key_id)
+    house.ring.holds("")
+    key_id = house.index.find(sample.sop_instance_uid).sealed.key_id
+    assert house.study_keys.get(key_id).stored
+    assert house.study_keys.from_document(store.get_document(f"keys/{key_id[:2]}/{key_id}")).id == key_id
+
+
+def test_nothing_is_deleted_from_the_store_when_another_brought_it(houses: Build) -> None:
+    """The store holds other bytes under the key; when the row no longer says that the object lies here, they are left alone."""
+    store = _Full(houses().folder / "bucket")
+    house = houses("landing", store=store, node_id=NODE)
+    sample = photograph()
+    house.ingest(sample)
+    record = house.index.find(sample.sop_instance_uid)
+    other = house.folder / "other"
+    other.write_bytes(b"other bytes")
+    sealed = SealedObject(record.sealed.object_key, 11, hashlib.sha256(b"other bytes").hexdigest(), record.sealed.key_id)
+    store.put(record.sealed.object_key, other, sealed)
+    with pytest.raises(Unavailable, match="meanwhile"):
+        house.archive._places.bring(record, still=lambda: False)
+    assert store.stat(record.sealed.object_key).byte_count == 11
+    house.archive._places.bring(record)
+    assert store.stat(record.sealed.object_key).byte_count == record.sealed.byte_count
