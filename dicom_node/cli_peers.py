@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dicom_node.config import Settings, is_loopback
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, print_rows, runnable, settings_of
-from dicom_node.peers import REPORT_KINDS, Peer, clashes, faults, merged, normal_fingerprint
+from dicom_node.peers import REPORT_KINDS, Peer, clashes, faults, merged
 
 if TYPE_CHECKING:
     from dicom_node.storehouse import Storehouse
@@ -75,7 +75,7 @@ def peers_add(
     retrieve: Annotated[bool, typer.Option("--retrieve/--no-retrieve", help="It may query and retrieve here.")] = True,
     deliver: Annotated[str, typer.Option(help="What it is sent of our results: sr,seg; empty: nothing.")] = ",".join(REPORT_KINDS),
     acknowledge: Annotated[str, typer.Option(help="What Success means for it: land or archive. Default: as [archive].")] = "",
-    certificate: Annotated[str, typer.Option(help="SHA-256 fingerprint of the certificate it must show by TLS.")] = "",
+    certificate: Annotated[str, typer.Option(help="Certificate it must show by TLS: SHA-256 fingerprint, or a name in it.")] = "",
     tls: Annotated[bool, typer.Option("--tls", help="Call it by TLS.")] = False,
     commit: Annotated[bool, typer.Option("--commit", help="Ask it for storage commitment of our reports.")] = False,
     max_associations: Annotated[int, typer.Option(help="Associations it may hold here at once; 0: no quota of its own.")] = 0,
@@ -93,7 +93,7 @@ def peers_add(
         retrieve=retrieve,
         deliver=tuple(dict.fromkeys(filter(None, (kind.strip() for kind in deliver.split(","))))),
         max_associations=max_associations,
-        certificate=normal_fingerprint(certificate),
+        certificate=_certificate(certificate),
         tls=tls,
         commit=commit,
         acknowledge=cast("Literal['', 'land', 'archive']", acknowledge),
@@ -116,6 +116,15 @@ def peers_add(
     typer.echo(f"peer {peer.name} added: {_in_words(peer)}. Every process knows it within two seconds.")
     for hint in _hints(peer, settings):
         err.print(Text(runnable(hint), style="dim"))
+
+
+def _certificate(text: str) -> str:
+    from dicom_node.security import certificate_setting  # noqa: PLC0415 - as above
+
+    try:
+        return certificate_setting(text)
+    except ValueError:
+        return text  # `faults` says what is wrong with it
 
 
 class _ClashError(Exception):

@@ -29,7 +29,6 @@ REPORT_KINDS: Final = ("sr", "seg")
 _AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}))*\.?")
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _ANSWER_S = 0.5
 _FIRST_ANSWER_S = 5.0
 
@@ -56,7 +55,7 @@ class Peer:
     max_associations: int = 0
     """How many associations it may hold here at once; 0 for no quota of its own."""
     certificate: str = ""
-    """SHA-256 fingerprint of the certificate that it shows by TLS, as `normal_fingerprint` writes it; empty: any that we trust."""
+    """Fingerprint or name of the certificate that it shows by TLS, as `dicom_node.security.certificate_setting` spells it; empty: any."""
     tls: bool = False
     """Call it by TLS."""
     commit: bool = False
@@ -127,15 +126,6 @@ def addresses_of(host: str) -> frozenset[str]:
     return frozenset(normal_address(str(entry[4][0])) for entry in found)
 
 
-def normal_fingerprint(text: str) -> str:
-    """Return a SHA-256 fingerprint in one spelling (64 lower-case hexadecimal digits) however it was copied; nonsense as it is.
-
-    ``openssl x509 -fingerprint -sha256`` prints capitals, colons and ``sha256 Fingerprint=`` in front.
-    """
-    digits = text.rpartition("=")[2].removeprefix("sha256:").removeprefix("SHA256:").replace(":", "").replace(" ", "").lower()
-    return digits if _FINGERPRINT.fullmatch(digits) else text
-
-
 def faults(peer: Peer) -> list[tuple[str, str]]:
     """Return what is wrong with a peer by itself: setting, and what it must be."""
     found = []
@@ -155,8 +145,8 @@ def faults(peer: Peer) -> list[tuple[str, str]]:
         found.append(("deliver", f"{', '.join(unknown)}: use {' and '.join(REPORT_KINDS)}"))
     if peer.max_associations < 0:
         found.append(("max_associations", "must be at least 0"))
-    if peer.certificate and not _FINGERPRINT.fullmatch(peer.certificate):
-        found.append(("certificate", "use its SHA-256 fingerprint: `openssl x509 -in FILE -noout -fingerprint -sha256`"))
+    if peer.certificate and (words := _certificate_fault(peer.certificate)):
+        found.append(("certificate", words))
     if peer.acknowledge not in {"", "land", "archive"}:
         found.append(("acknowledge", "use land or archive"))
     if not peer.callable and (peer.tls or peer.commit):
@@ -174,6 +164,15 @@ def clashes(peer: Peer, others: Iterable[Peer]) -> list[tuple[str, str]]:
             words = f"AE title {peer.ae_title!r} at {peer.host!r} is peer {other.name!r} already; a caller must be one peer"
             found.append(("ae_title", words))
     return found
+
+
+def _certificate_fault(certificate: str) -> str:
+    from dicom_node.security import certificate_setting  # noqa: PLC0415 - most nodes have no such peer
+
+    try:
+        return "" if certificate_setting(certificate) == certificate else "write it in one spelling: `dicom-node peers add` does"
+    except ValueError as error:
+        return str(error)
 
 
 def _is_host(host: str) -> bool:

@@ -99,7 +99,7 @@ def test_add_list_show_remove(site: Site) -> None:
         ("peers add two --ae-title TWO --host 10.0.0.1/8", "--host: use an IP address"),
         ("peers add two --ae-title TWO --deliver pdf", "--deliver: pdf: use sr and seg"),
         ("peers add two --ae-title TWO --port 99999", "--port: use 1 to 65535"),
-        ("peers add two --ae-title TWO --certificate 00:11", "openssl x509"),
+        ("peers add two --ae-title TWO --certificate sha256:00:11", "openssl x509"),
         ("peers add node --ae-title TWO", "reserved"),
         ("peers remove pacs", "stands in the configuration"),
         ("peers remove nobody", "no peer is called nobody"),

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from structlog.testing import capture_logs
 
 from dicom_node import config
-from dicom_node.peers import Peer, Peers, clashes, faults, network_of, normal_fingerprint
+from dicom_node.peers import Peer, Peers, clashes, faults, network_of
 from storage.audit import AuditTrail
 from storage.database import Database
 from storage.errors import Unavailable
@@ -72,16 +72,20 @@ def test_no_hosts(host: str) -> None:
 
 def test_other_faults() -> None:
     """Each setting that is wrong is named, all at once."""
-    peer = Peer("dicomweb", "ONE", "*", port=-1, deliver=("pdf",), max_associations=-1, certificate="x", tls=True)
+    peer = Peer("dicomweb", "ONE", "*", port=-1, deliver=("pdf",), max_associations=-1, certificate="x y", tls=True)
     assert {key for key, _ in faults(peer)} == {"name", "port", "deliver", "max_associations", "certificate", "host"}
 
 
-def test_fingerprints_are_taken_as_they_are_printed() -> None:
-    """However a fingerprint was copied, one spelling is kept."""
-    colons = ":".join(["AB"] * 32)
-    for text in (FINGERPRINT, colons, f"sha256 Fingerprint={colons}", f"SHA256:{FINGERPRINT}"):
-        assert normal_fingerprint(text) == FINGERPRINT
-    assert normal_fingerprint("nonsense") == "nonsense"
+@pytest.mark.parametrize("certificate", ["", FINGERPRINT, "pacs.example"])
+def test_certificates(certificate: str) -> None:
+    """A fingerprint in its one spelling, or a name, is taken."""
+    assert not faults(Peer("one", "ONE", "10.0.0.1", certificate=certificate))
+
+
+@pytest.mark.parametrize("certificate", ["ab:" * 31 + "ab", "00112233445566778899aabbccddeeff", "two words", FINGERPRINT.upper()])
+def test_no_certificates(certificate: str) -> None:
+    """A fingerprint of another digest or spelling would match nothing: it is refused."""
+    assert "certificate" in dict(faults(Peer("one", "ONE", "10.0.0.1", certificate=certificate)))
 
 
 def test_settings_come_back() -> None:
