@@ -7,9 +7,10 @@ DICOM PS3.15 Annex B (secure transport connection profiles)
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
-from typing import cast
+from typing import Final, cast
 
 from pynetdicom.association import Association
 from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocket
@@ -17,21 +18,41 @@ from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocke
 from dicom_node.dimse.connection import TlsConnection
 from dicom_node.errors import PeerUnreachable
 from dicom_node.peers import Peer
-from dicom_node.security import ClientTls, handshake_fault
+from dicom_node.security import ClientTls, Fault, handshake_fault
+
+_UNHEARD: Final = Fault(
+    "after the handshake it said nothing any more",
+    "in TLS 1.3 a receiver refuses our certificate then: look at its log, and at our certificate",
+)
 
 
 class TellingConnection(TlsConnection):
-    """Remembers a fault of TLS: a peer of TLS 1.3 refuses our certificate after the handshake, when the first answer is read."""
+    """Remembers why the peer was never heard: one of TLS 1.3 refuses our certificate after the handshake, when we speak already."""
 
+    heard = False
     error: ssl.SSLError | None = None
 
     def recv_into(self, view: memoryview) -> int:
         """As its parent."""
         try:
-            return super().recv_into(view)
+            count = super().recv_into(view)
         except ssl.SSLError as error:
             self.error = error
             raise
+        self.heard = self.heard or bool(count)
+        return count
+
+    def send(self, data: bytes | memoryview) -> int:
+        """As its parent; where the peer has closed, the alert that it left is read."""
+        try:
+            return super().send(data)
+        except OSError:
+            if not self.heard:
+                with contextlib.suppress(OSError):
+                    self.recv_into(memoryview(bytearray(1)))
+            raise
+
+    sendall = send
 
 
 class TlsSocket(AssociationSocket):
@@ -84,9 +105,11 @@ class TlsSocket(AssociationSocket):
         """What was wrong with TLS, and the remedy; empty: nothing."""
         if self._fault is not None:
             return str(self._fault)
-        if self._connection is not None and self._connection.error is not None:
+        if self._connection is None or self._connection.heard:
+            return ""
+        if self._connection.error is not None:
             return f"TLS with {self._peer.host}: {handshake_fault(self._connection.error, calling=True)}"
-        return ""
+        return f"TLS with {self._peer.host}: {_UNHEARD}"
 
     def release(self) -> None:
         """Give the socket back, which the library may leave open."""
