@@ -1,7 +1,8 @@
 """Takes finished reports to the peers that are to have them, and records the proof that they arrived.
 
 A lane is a peer. Each lane is served by one thread at a time, so a peer that is slow, away or refusing delays no other; nothing
-is forgotten, because a job leaves the queue only with the peer's answer, or dead with the reason.
+is forgotten, because a job leaves the queue only with the peer's answer, or dead with the reason. Storage commitment has lanes of its
+own beside these: reading a thousand instances again, to say that they are kept, delays no report.
 """
 
 from __future__ import annotations
@@ -31,12 +32,27 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_DELIVERIES, _COMMITMENTS = "deliveries", "commitments"
+
 
 class Sender(Protocol):
     """A way to a peer: C-STORE (`dicom_node.dimse.scu.StorageSCU`), STOW-RS."""
 
     def store(self, peer: Peer, instances: Sequence[Sendable], *, sent: Callable[[], None]) -> Iterator[tuple[Sendable, Outcome]]:
         """See `StorageSCU.store`."""
+
+
+class Clerk(Protocol):
+    """Sees to storage commitment (`dicom_node.clerk.CommitmentClerk`)."""
+
+    def lanes(self) -> Sequence[str]:
+        """Return the peers for which something is due."""
+
+    def serve(self, lane: str, stop: threading.Event) -> None:
+        """Do what is due for a peer."""
+
+    def delivered(self, peer: Peer, job: Job, summary: Summary) -> None:
+        """Hear that a peer acknowledged a report, before the delivery is called done."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +82,9 @@ class Courier:
     peers
         Lane name -> where that is.
     sender
-        How to get there.
+        How to get there; None: nothing is delivered here, only the clerk has its work done.
+    clerk
+        Sees to storage commitment; None: nobody does.
     reach
         Failpoints: deliver.claimed, deliver.sent, deliver.answered.
     lanes_at_once
@@ -89,7 +107,8 @@ class Courier:
         archive: Archive,
         queue: WorkQueue,
         peers: Peers,
-        sender: Sender,
+        sender: Sender | None,
+        clerk: Clerk | None = None,
         reach: Callable[[str], None] = unarmed,
         lanes_at_once: int = 8,
         batch: int = 32,
@@ -103,6 +122,7 @@ class Courier:
         self._queue = queue
         self._peers = peers
         self._sender = sender
+        self._clerk = clerk
         self._reach = reach
         self._lanes_at_once = lanes_at_once
         self._batch = batch
@@ -116,15 +136,15 @@ class Courier:
     def run(self, stop: threading.Event) -> None:
         """Deliver until `stop` is set; a batch under way is finished first."""
         wait = self._wait or stop.wait
-        busy: dict[str, Future[None]] = {}
-        served: dict[str, float] = {}
+        busy: dict[tuple[str, str], Future[None]] = {}
+        served: dict[tuple[str, str], float] = {}
         with ThreadPoolExecutor(self._lanes_at_once, thread_name_prefix="courier") as pool:
             while not stop.is_set():
                 busy = {lane: future for lane, future in busy.items() if not future.done()}
                 for lane in sorted(self._ready(), key=lambda lane: served.get(lane, 0.0)):
                     if lane not in busy and len(busy) < self._lanes_at_once:
                         served[lane] = time.monotonic()
-                        busy[lane] = pool.submit(self._serve, lane, stop)
+                        busy[lane] = pool.submit(self._serve, *lane, stop)
                 wait(self._poll_s)
 
     def deliver(self, lane: str) -> int:
@@ -143,9 +163,12 @@ class Courier:
             self._send(peer, parcels, leases)
         return len(jobs)
 
-    def _ready(self) -> Sequence[str]:
+    def _ready(self) -> Sequence[tuple[str, str]]:
+        """Return what is due: deliveries and commitments, each with its lane."""
         try:
-            lanes = self._queue.lanes(JobKind.DELIVER)
+            lanes = [(_DELIVERIES, lane) for lane in self._queue.lanes(JobKind.DELIVER)] if self._sender is not None else []
+            if self._clerk is not None:
+                lanes += [(_COMMITMENTS, lane) for lane in self._clerk.lanes()]
         except StorageError as error:
             if not self._unavailable:  # said once an outage
                 log.warning("courier.queue_unavailable", reason=str(error))
@@ -154,8 +177,11 @@ class Courier:
         self._unavailable = False
         return lanes
 
-    def _serve(self, lane: str, stop: threading.Event) -> None:
+    def _serve(self, what: str, lane: str, stop: threading.Event) -> None:
         try:
+            if what == _COMMITMENTS and self._clerk is not None:
+                self._clerk.serve(lane, stop)
+                return
             while not stop.is_set() and self.deliver(lane) == self._batch:
                 pass
         except StorageError as error:  # database away: as below, but no surprise
@@ -179,6 +205,8 @@ class Courier:
             return None
 
     def _send(self, peer: Peer, parcels: Sequence[Parcel], leases: Leases) -> None:
+        if self._sender is None:
+            raise TypeError("this courier delivers nothing: it was given no sender")
         began = time.monotonic()
         try:
             for parcel, outcome in self._sender.store(peer, parcels, sent=lambda: self._reach("deliver.sent")):
@@ -197,6 +225,8 @@ class Courier:
         if not isinstance(outcome, Stored):
             self._failed(leases, parcel.job, outcome)
             return
+        if self._clerk is not None:
+            self._clerk.delivered(peer, parcel.job, parcel.summary)
         if not leases.drop(parcel.job):
             return
         detail: dict[str, Any] = {"peer": peer.name, "ae_title": peer.ae_title}
