@@ -40,7 +40,7 @@ from storage.objects import (
     wrong_length,
 )
 from storage.s3_client import AddressingStyle, Deadline, S3Client, Window, code_of, retries_of, status_of
-from storage.s3_reader import ObjectStream, S3Reader
+from storage.s3_reader import PIECE, ObjectStream, S3Reader
 
 if TYPE_CHECKING:
     from storage.records import SealedObject
@@ -340,8 +340,8 @@ class S3Store:
             with contextlib.closing(ObjectStream(self._client, name, "read back", deadline)) as stream:
                 if stream.size != sealed.byte_count:
                     return _Held.OTHER
-                while chunk := stream.read(CHUNK, deadline):
-                    digest.update(chunk)
+                while piece := stream.read(PIECE, deadline):
+                    digest.update(piece)
         except ClientError as error:
             return self._held_cold(name, sealed, checksum, deadline) if code_of(error) == "InvalidObjectState" else _Held.NOTHING
         return _Held.SAME if digest.hexdigest() == sealed.sha256 else _Held.OTHER

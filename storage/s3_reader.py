@@ -14,7 +14,8 @@ from storage.s3_client import BROKEN_OFF, SMALL, Deadline, S3Client
 
 _EDGE = 64 << 10
 """Bytes at either end of a larger object that are kept: header and trailer lie there."""
-_PIECE = 256 << 10
+PIECE = 256 << 10
+"""Bytes that are fetched at once; whoever reads so many at a time has no two of them joined."""
 
 
 class ObjectStream:
@@ -46,7 +47,7 @@ class ObjectStream:
             try:
                 if self._body is None:
                     self._body = self._rest(deadline)
-                piece = self._body.read(min(left, _PIECE))
+                piece = self._body.read(min(left, PIECE))
                 if not piece:
                     raise EOFError  # noqa: TRY301 - the connection ended before the object: the same as a broken one
             except (*BROKEN_OFF, EOFError) as error:
