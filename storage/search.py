@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Column, ColumnElement, Row, Select, bindparam, func, or_, select
+from sqlalchemy import Column, ColumnElement, Row, Select, bindparam, distinct, func, or_, select
 
-from storage.errors import InvalidQuery
+from storage.errors import InvalidQuery, StorageError
 from storage.matching import combined, condition, keys_present, text
 from storage.records import INDEXED, Level, Match, Query
 from storage.tables import COLUMN_NAMES, INSTANCE_JOIN, INSTANCES, PATIENTS, SERIES, SERIES_JOIN, STUDIES
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from storage.database import Database
 
 T = TypeVar("T")
@@ -48,6 +52,12 @@ _COUNTS = (
     .where(SERIES.c.study_ref.in_(bindparam("refs", expanding=True)))
     .group_by(SERIES.c.study_ref)
 )
+_PATIENT_COUNTS = (
+    select(STUDIES.c.patient_ref, func.count(distinct(STUDIES.c.id)), func.count(), func.sum(SERIES.c.instance_count))
+    .select_from(SERIES_JOIN)
+    .where(STUDIES.c.patient_ref.in_(bindparam("refs", expanding=True)))
+    .group_by(STUDIES.c.patient_ref)
+)
 
 
 def match(database: Database, query: Query) -> list[Match]:
@@ -63,15 +73,20 @@ def match(database: Database, query: Query) -> list[Match]:
     statement = statement_of(query)
     with database.read() as connection:
         keys = [row[0] for row in connection.execute(statement)]
-        source, key, _ = _SEARCH[query.level]
-        found = select(key.label("key"), *_ANSWER[query.level]).select_from(source)
-        rows = {row.key: row for page in pages(keys) for row in connection.execute(found.where(key.in_(page)))}
-        counts: dict[int, tuple[int, int]] = {}
-        if query.level is not Level.PATIENT:
-            for page in pages(sorted({row.study for row in rows.values()})):
-                counts.update((study, (series, instances)) for study, series, instances in connection.execute(_COUNTS, {"refs": page}))
+        return _matches(connection, query.level, keys)
+
+
+def _matches(connection: Connection, level: Level, keys: list[int]) -> list[Match]:
+    """Return the answers of the rows of a level that are (still) there, in the order of `keys`."""
+    source, key, _ = _SEARCH[level]
+    found = select(key.label("key"), *_ANSWER[level]).select_from(source)
+    rows = {row.key: row for page in pages(keys) for row in connection.execute(found.where(key.in_(page)))}
+    counts: dict[int, tuple[int, ...]] = {}
+    statement, refs = (_PATIENT_COUNTS, set(rows)) if level is Level.PATIENT else (_COUNTS, {row.study for row in rows.values()})
+    for page in pages(sorted(refs)):
+        counts.update((ref, tuple(numbers)) for ref, *numbers in connection.execute(statement, {"refs": page}))
     parsed: dict[str, Any] = {}
-    return [Match(_answer(rows[key], query.level, counts, parsed)) for key in keys]
+    return [Match(_answer(rows[one], level, counts, parsed)) for one in keys if one in rows]
 
 
 def count(database: Database, query: Query) -> int:
@@ -85,6 +100,128 @@ def count(database: Database, query: Query) -> int:
     source, _, _ = _SEARCH[query.level]
     with database.read() as connection:
         return int(connection.execute(select(func.count()).select_from(source).where(*_conditions(query))).scalar_one())
+
+
+class Finding:
+    """A search in two steps: which rows match, which may take long and can be cancelled; then their answers, page by page.
+
+    Between the steps it holds a number for each match, and no transaction: what was erased meanwhile is left out.
+
+    Raises
+    ------
+    InvalidQuery
+        As `match`.
+    """
+
+    def __init__(self, database: Database, query: Query) -> None:
+        self._database = database
+        self._level = query.level
+        self._statement = statement_of(query)
+        self._keys: list[int] = []
+        self._lock = threading.Lock()
+        self._driver: Any = None
+        self._cancelled = False
+
+    def find(self) -> int:
+        """Find what matches and return how many; 0 when it was cancelled.
+
+        Raises
+        ------
+        StorageError
+            The database cannot be read.
+        """
+        try:
+            with self._database.read() as connection:
+                with self._lock:
+                    if self._cancelled:
+                        return 0
+                    self._driver = connection.connection.driver_connection
+                try:
+                    self._keys = [row[0] for row in connection.execute(self._statement)]
+                finally:
+                    with self._lock:  # from here on the connection may be another's
+                        self._driver = None
+        except StorageError:
+            if not self._cancelled:
+                raise
+            self._keys = []
+        return len(self._keys)
+
+    def cancel(self) -> None:
+        """Have `find`, which another thread runs, end soon; to be called again for as long as it has not."""
+        with self._lock:
+            self._cancelled = True
+            if self._driver is not None:
+                # SQLite's name for it, then that of psycopg; one that comes before the statement has begun is without effect
+                stop = getattr(self._driver, "interrupt", None) or self._driver.cancel
+                stop()
+
+    def pages(self) -> Iterator[list[Match]]:
+        """Give the answers of what `find` found, in its order, a page at a time.
+
+        Raises
+        ------
+        StorageError
+            The database cannot be read.
+        """
+        for page in pages(self._keys):
+            with self._database.read() as connection:
+                found = _matches(connection, self._level, page)
+            yield found
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """What is to be known of an archived instance before it is opened."""
+
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    byte_count: int
+    """Of its data set, as stored."""
+
+
+def locate(database: Database, query: Query) -> list[Located]:
+    """Return the instances that match, at most ``query.limit``, by study, series number and instance number.
+
+    Raises
+    ------
+    InvalidQuery
+        As `match`; a search for something else than instances.
+    """
+    if query.level is not Level.INSTANCE:
+        raise InvalidQuery("only instances are located")
+    columns = (
+        STUDIES.c.study_instance_uid,
+        SERIES.c.series_instance_uid,
+        INSTANCES.c.sop_class_uid,
+        INSTANCES.c.sop_instance_uid,
+        INSTANCES.c.transfer_syntax_uid,
+        INSTANCES.c.byte_count,
+        SERIES.c.series_number,
+        INSTANCES.c.instance_number,
+    )
+    statement = select(*columns).select_from(INSTANCE_JOIN).where(*_conditions(query)).limit(query.limit)
+    shared: dict[str, str] = {}  # most instances have their study, series, class and syntax in common
+    with database.read() as connection:
+        found = [
+            (
+                (row.study_instance_uid, int(row.series_number or 0), row.series_instance_uid, int(row.instance_number or 0)),
+                Located(
+                    study_instance_uid=shared.setdefault(row.study_instance_uid, row.study_instance_uid),
+                    series_instance_uid=shared.setdefault(row.series_instance_uid, row.series_instance_uid),
+                    sop_class_uid=shared.setdefault(row.sop_class_uid, row.sop_class_uid),
+                    sop_instance_uid=row.sop_instance_uid,
+                    transfer_syntax_uid=shared.setdefault(row.transfer_syntax_uid, row.transfer_syntax_uid),
+                    byte_count=row.byte_count,
+                ),
+            )
+            for row in connection.execute(statement)
+        ]
+    found.sort(key=lambda one: (one[0], one[1].sop_instance_uid))
+    return [located for _, located in found]
 
 
 def statement_of(query: Query) -> Select[Any]:
@@ -121,9 +258,11 @@ def parents(row: Row[Any], parsed: dict[str, Any]) -> dict[str, list[str]]:
     return merged
 
 
-def _answer(row: Row[Any], level: Level, counts: Mapping[int, tuple[int, int]], parsed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+def _answer(row: Row[Any], level: Level, counts: Mapping[int, tuple[int, ...]], parsed: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     if level is Level.PATIENT:
-        return {keyword: tuple(value) for keyword, value in json.loads(row.patient_attributes).items()}
+        of_patient = {keyword: tuple(value) for keyword, value in json.loads(row.patient_attributes).items()}
+        numbers = ("NumberOfPatientRelatedStudies", "NumberOfPatientRelatedSeries", "NumberOfPatientRelatedInstances")
+        return of_patient | {keyword: (str(number),) for keyword, number in zip(numbers, counts.get(row.key, (0, 0, 0)), strict=True)}
     merged: dict[str, list[str]] = json.loads(row.study_attributes) if level is Level.STUDY else parents(row, parsed)
     if level is Level.INSTANCE:
         merged.update(

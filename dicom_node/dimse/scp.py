@@ -13,14 +13,14 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from pydicom._uid_dict import UID_dictionary
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom._globals import DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
 from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
@@ -33,6 +33,7 @@ from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
 from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Turnstile, UpperLayer, unobserved
 from dicom_node.dimse.refusing import Words
+from dicom_node.dimse.services import Negotiating
 from dicom_node.dimse.slots import Held, Slots
 from dicom_node.dimse.vestibule import Connection, Turned, Vestibule
 from dicom_node.peers import Peer, Peers, normal_address
@@ -287,6 +288,15 @@ class StorageSCP:
         """Return what answers requests in a context; None: pynetdicom does."""
         return self._services.get(str(context.abstract_syntax))
 
+    def extended(self, proposed: Mapping[str, bytes], peer: Peer | None) -> dict[str, bytes]:
+        """Answer SOP Class Extended Negotiation: SOP class -> application information, of the services that take part in it."""
+        answers: dict[str, bytes] = {}
+        for abstract_syntax, information in proposed.items():
+            service = self._services.get(str(abstract_syntax))
+            if isinstance(service, Negotiating) and service.permitted(peer):
+                answers[str(abstract_syntax)] = service.negotiated(str(abstract_syntax), information)
+        return {abstract_syntax: information for abstract_syntax, information in answers.items() if information}
+
     def begin_store(self, association: AcceptedAssociation, context: PresentationContext, request: StoreRequest) -> StoreReception:
         """Open the intake for a C-STORE-RQ."""
         return StoreReception(
@@ -412,6 +422,7 @@ class AcceptedAssociation(Association):
         self.acceptor.implementation_class_uid = door.entity.implementation_class_uid
         self.acceptor.implementation_version_name = door.entity.implementation_version_name
         self.requestor.address_info = AddressInformation.from_tuple(address)
+        self.bind(evt.EVT_SOP_EXTENDED, lambda event: self.door.extended(event.app_info, self.peer))
 
     @property
     def proposal(self) -> A_ASSOCIATE:
@@ -445,6 +456,7 @@ class AcceptedAssociation(Association):
             log.exception("service.failed", service=type(service).__name__)
             self.abort(block=False)
         self.dimse.cancel_req.clear()
+        self.dul._idle_timer.restart()  # noqa: SLF001 - it measures the peer's silence, not our work
 
     def _observed(self, event: str, **labels: object) -> None:
         self.door.observe(event, **labels)

@@ -10,19 +10,22 @@ DICOM PS3.4 Annex B (Storage Service Class), Table B.2-1 (status), PS3.5 Section
 from __future__ import annotations
 
 import contextlib
+import itertools
+import queue
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import structlog
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import decode, encode
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import PresentationContext, build_context
@@ -46,6 +49,9 @@ _CONTEXTS = 128  # PS3.8 9.3.2.2: odd numbers of one byte
 _FRAGMENT = 131_060
 _CONVERTIBLE = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian), str(DeflatedExplicitVRLittleEndian))
 _CONVERSION_BYTES = 64 * 1024**2
+_MOVE_ORIGINATOR_AE_TITLE, _MOVE_ORIGINATOR_MESSAGE_ID = 0x1030, 0x1031
+_LOOK_S, _PATIENCE_S = 0.25, 0.5
+_Proposal: TypeAlias = tuple[str, tuple[str, ...]]
 _DUPLICATE = 0x0111  # Duplicate SOP Instance: the peer has it, from a delivery whose answer was lost
 _WARNINGS = frozenset({0x0001, 0x0107, 0x0116, _DUPLICATE})
 
@@ -59,6 +65,26 @@ class Sendable(Protocol):
 
     def chunks(self) -> Iterator[bytes]:
         """Its data set bytes as stored."""
+
+
+@runtime_checkable
+class Convertible(Protocol):
+    """An instance that converts itself where the receiver lacks its transfer syntax."""
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """Transfer syntaxes that it can be had in besides its own, the best first."""
+
+    def converted(self, transfer_syntax_uid: str) -> Iterator[bytes]:
+        """Its data set bytes in one of them; raises StorageError where that turns out to be impossible."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOriginator:
+    """On whose behalf we send: the requestor of a C-MOVE (PS3.7 9.1.1.1.7)."""
+
+    ae_title: str
+    message_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +195,15 @@ class StorageSCU:
                 raise PeerUnreachable(f"{_name(peer)} accepted the association but did not answer C-ECHO with Success")
 
     def store(
-        self, peer: Peer, instances: Sequence[Sendable], *, sent: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[Sendable, Outcome]]:
+        self,
+        peer: Peer,
+        instances: Sequence[Sendable],
+        *,
+        sent: Callable[[], None] = lambda: None,
+        originator: MoveOriginator | None = None,
+        resume: bool = False,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Generator[tuple[Sendable, Outcome], None, None]:
         """Send instances in order; each answer is given as it comes.
 
         Parameters
@@ -181,40 +214,61 @@ class StorageSCU:
             What; opened one at a time.
         sent
             Called after each instance is on the wire, before its answer.
+        originator
+            The requestor of the C-MOVE that this is for.
+        resume
+            Go on after an instance that could not be read, or at which the association broke, on a new one if need be.
+        wanted
+            Asked often; once it says no, the association is aborted within a second.
 
         Yields
         ------
         tuple
             The instance, and `Stored`; `Refused`; `PeerUnreachable` when the association broke at it; or the StorageError that
-            reading it raised. After the latter two the association is gone and the rest of the batch is not tried.
+            reading it raised. Unless `resume`, the association is gone after the latter two, and the rest of the batch is not tried.
 
         Raises
         ------
         PeerUnreachable
             No association could be established.
         """
+        errand = _Errand(sent, originator, resume, wanted)
         for batch in _batches(instances):
-            for instance, outcome in self._store_batch(peer, batch, sent):
-                yield instance, outcome
-                if isinstance(outcome, PeerUnreachable | StorageError):
+            rest = batch
+            while rest:
+                done, broken = 0, False
+                for instance, outcome in self._store_batch(peer, rest, errand):
+                    done += 1
+                    broken = isinstance(outcome, PeerUnreachable | StorageError)
+                    yield instance, outcome
+                if (broken and not resume) or not wanted():
                     return
+                rest = rest[done:]
 
-    def _store_batch(self, peer: Peer, instances: Sequence[Sendable], sent: Callable[[], None]) -> Iterator[tuple[Sendable, Outcome]]:
+    def _store_batch(self, peer: Peer, instances: Sequence[Sendable], errand: _Errand) -> Iterator[tuple[Sendable, Outcome]]:
+        """Send until the end, or until the association broke."""
         with self._association(peer, _contexts(instances)) as association:
             _pause(association)
             for number, instance in enumerate(instances, start=1):
+                broken = False
                 try:
-                    outcome: Outcome = self._store_one(association, peer, instance, number % 0x10000, sent)
+                    prepared = _prepare(association, peer, instance)
                 except (DeliveryError, StorageError) as error:
-                    outcome = error
-                except OSError as error:
-                    outcome = PeerUnreachable(f"{_name(peer)} closed the connection within an instance; look at its log")
-                    outcome.__cause__ = error
-                broken = isinstance(outcome, PeerUnreachable | StorageError)
+                    outcome: Outcome = error
+                    broken = isinstance(error, PeerUnreachable) or (isinstance(error, StorageError) and not errand.resume)
+                else:
+                    try:
+                        outcome = self._store_one(association, peer, instance, number % 0x10000, prepared, errand)
+                    except (DeliveryError, StorageError) as error:
+                        outcome = error
+                    except OSError as error:
+                        outcome = PeerUnreachable(f"{_name(peer)} closed the connection within an instance; look at its log")
+                        outcome.__cause__ = error
+                    broken = isinstance(outcome, PeerUnreachable | StorageError)
                 if broken:
                     association.abort()
                 yield instance, outcome
-                if broken:
+                if broken or not errand.wanted():
                     return
 
     @contextlib.contextmanager
@@ -260,41 +314,115 @@ class StorageSCU:
             raise PeerUnreachable(f"{_name(peer)}: {fault}")
         raise PeerUnreachable(f"{_name(peer)} did not answer at {peer.host} port {peer.port}; is it running, and is the port open?")
 
-    def _store_one(self, association: Association, peer: Peer, instance: Sendable, message_id: int, sent: Callable[[], None]) -> Stored:
-        context, chunks = _fit(association, peer, instance)
-        maximum_length = association.acceptor.maximum_length or 0
-        room = min(message.payload_room(maximum_length) or _FRAGMENT, _FRAGMENT)
-        fragments = _fragments(chunks, room)
-        first = next(fragments)  # unreadable instances are found before the peer hears of them
+    def _store_one(
+        self, association: Association, peer: Peer, instance: Sendable, message_id: int, prepared: _Prepared, errand: _Errand
+    ) -> Stored:
         sock = _socket(association, peer)
-        context_id = cast("int", context.context_id)
-        command = message.encode_command(
-            {
-                message.AFFECTED_SOP_CLASS_UID: message.ui(instance.summary.sop_class_uid),
-                message.COMMAND_FIELD: message.us(message.C_STORE_RQ),
-                message.MESSAGE_ID: message.us(message_id),
-                message.PRIORITY: message.us(0),  # MEDIUM
-                message.COMMAND_DATA_SET_TYPE: message.us(0x0001),
-                message.AFFECTED_SOP_INSTANCE_UID: message.ui(instance.summary.sop_instance_uid),
-            }
-        )
-        sock.sendall(b"".join(message.pdata(context_id, message.COMMAND, command, maximum_length)))
-        _send_fragment(sock, context_id, *first)
-        for fragment in fragments:
-            _send_fragment(sock, context_id, *fragment)
-        sent()
-        _, answer = association.dimse.get_msg(block=True)
-        if answer is None:
-            raise PeerUnreachable(f"{_name(peer)} gave no answer within {self._answer_s:g} s, or aborted; look at its log")
-        if not answer.is_valid_response or answer.MessageIDBeingRespondedTo != message_id:
-            raise PeerUnreachable(f"{_name(peer)} answered what was not asked; look at its log")
-        status = int(cast("int", answer.Status))
-        comment = str(getattr(answer, "ErrorComment", None) or "")
-        if status == 0 or status >> 12 == 0xB or status in _WARNINGS:
+
+        def go_on() -> None:
+            if not errand.wanted():
+                raise PeerUnreachable(f"the sending to {_name(peer)} was cancelled within an instance")
+
+        command = store_command(instance.summary, message_id, errand.originator)
+        write_store(sock, prepared, command, association.acceptor.maximum_length or 0, go_on)
+        errand.sent()
+        status, comment = self._await_answer(association, peer, message_id, errand)
+        if is_stored(status):
             return Stored(status, comment)
         raise Refused(
             status, f"{_name(peer)} refused the instance with status {status:04X}; PS3.4 Table B.2-1 and its log say why", comment
         )
+
+    def _await_answer(self, association: Association, peer: Peer, message_id: int, errand: _Errand) -> tuple[int, str]:
+        """Return status and Error Comment; once the sending is not wanted any more, it is waited for no longer than half a second."""
+        deadline = time.monotonic() + self._answer_s
+        answer: Any = None
+        while time.monotonic() < deadline:
+            try:
+                _, answer = association.dimse.msg_queue.get(timeout=min(_LOOK_S, self._answer_s))
+                break
+            except queue.Empty:
+                if not errand.wanted():
+                    deadline = min(deadline, time.monotonic() + _PATIENCE_S)
+        if answer is None:
+            raise PeerUnreachable(f"{_name(peer)} gave no answer within {self._answer_s:g} s, or aborted; look at its log")
+        if not isinstance(answer, C_STORE) or not answer.is_valid_response or answer.MessageIDBeingRespondedTo != message_id:
+            raise PeerUnreachable(f"{_name(peer)} answered what was not asked; look at its log")
+        return int(cast("int", answer.Status)), str(getattr(answer, "ErrorComment", None) or "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """How a batch is sent; see `StorageSCU.store`."""
+
+    sent: Callable[[], None]
+    originator: MoveOriginator | None
+    resume: bool
+    wanted: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An instance whose first bytes have been read: it can be, and it fits a context."""
+
+    context_id: int
+    first: bytes
+    rest: Iterator[bytes]
+
+
+def is_stored(status: int) -> bool:
+    """Whether a status of C-STORE says that the peer has the instance: Success, or a warning."""
+    return status == 0 or status >> 12 == 0xB or status in _WARNINGS
+
+
+def store_command(summary: Summary, message_id: int, originator: MoveOriginator | None = None) -> bytes:
+    """Encode a C-STORE-RQ (PS3.7 Table 9.3-1)."""
+    elements = {
+        message.AFFECTED_SOP_CLASS_UID: message.ui(summary.sop_class_uid),
+        message.COMMAND_FIELD: message.us(message.C_STORE_RQ),
+        message.MESSAGE_ID: message.us(message_id),
+        message.PRIORITY: message.us(0),  # MEDIUM
+        message.COMMAND_DATA_SET_TYPE: message.us(0x0001),
+        message.AFFECTED_SOP_INSTANCE_UID: message.ui(summary.sop_instance_uid),
+    }
+    if originator is not None:
+        title = originator.ae_title.encode("ascii", "replace")
+        elements[_MOVE_ORIGINATOR_AE_TITLE] = title + b" " * (len(title) % 2)
+        elements[_MOVE_ORIGINATOR_MESSAGE_ID] = message.us(originator.message_id)
+    return message.encode_command(elements)
+
+
+def prepare(context_id: int, chunks: Iterator[bytes]) -> _Prepared:
+    """Read the first bytes of an instance: what cannot be read is found before the peer hears of it.
+
+    Raises
+    ------
+    StorageError
+        As reading it does.
+    """
+    return _Prepared(context_id, next(chunks, b""), chunks)
+
+
+def write_store(sock: Any, prepared: _Prepared, command: bytes, maximum_length: int, go_on: Callable[[], None] = lambda: None) -> None:
+    """Write a C-STORE-RQ and its data set in P-DATA-TF PDUs of at most `maximum_length` bytes (0: no limit).
+
+    Parameters
+    ----------
+    go_on
+        Called before each PDU of the data set; what it raises ends the writing.
+
+    Raises
+    ------
+    OSError
+        The peer is gone, or does not read.
+    StorageError
+        The rest could not be read; the association is of no use any more.
+    """
+    sock.sendall(b"".join(message.pdata(prepared.context_id, message.COMMAND, command, maximum_length)))
+    room = min(message.payload_room(maximum_length) or _FRAGMENT, _FRAGMENT)
+    for fragment, last in _fragments(itertools.chain((prepared.first,), prepared.rest), room):
+        go_on()
+        sock.sendall(message.pdata_header(prepared.context_id, message.LAST if last else 0, len(fragment)) + fragment)
 
 
 def _socket(association: Association, peer: Peer) -> socket.socket:
@@ -311,50 +439,77 @@ def _name(peer: Peer) -> str:
 def _batches(instances: Sequence[Sendable]) -> Iterator[list[Sendable]]:
     """Cut a batch where its presentation contexts would not fit one association."""
     batch: list[Sendable] = []
-    pairs: set[tuple[str, str]] = set()
+    proposed: set[_Proposal] = set()
     for instance in instances:
-        pair = (instance.summary.sop_class_uid, instance.summary.transfer_syntax_uid)
-        if pair not in pairs and 2 * (len(pairs) + 1) > _CONTEXTS:
+        proposals = _proposals(instance)
+        if len(proposed.union(proposals)) > _CONTEXTS:
             yield batch
-            batch, pairs = [], set()
-        pairs.add(pair)
+            batch, proposed = [], set()
+        proposed.update(proposals)
         batch.append(instance)
     if batch:
         yield batch
 
 
 def _contexts(instances: Sequence[Sendable]) -> list[PresentationContext]:
-    """Propose each class in the syntax it is stored in; and, where we could convert, in the plain ones, in a context of their own."""
-    wanted: dict[tuple[str, tuple[str, ...]], None] = {}
-    for instance in instances:
-        sop_class_uid, syntax = instance.summary.sop_class_uid, instance.summary.transfer_syntax_uid
-        wanted[sop_class_uid, (syntax,)] = None
-        if syntax in _CONVERTIBLE:
-            wanted[sop_class_uid, tuple(plain for plain in _CONVERTIBLE[:2] if plain != syntax)] = None
+    wanted = dict.fromkeys(proposal for instance in instances for proposal in _proposals(instance))
     return [build_context(sop_class_uid, list(syntaxes)) for sop_class_uid, syntaxes in wanted]
 
 
-def _fit(association: Association, peer: Peer, instance: Sendable) -> tuple[PresentationContext, Iterator[bytes]]:
+def _proposals(instance: Sendable) -> list[_Proposal]:
+    """Propose the class in the syntax it is stored in; and, where it can be converted, in others, in a context of their own."""
+    sop_class_uid, syntax = instance.summary.sop_class_uid, instance.summary.transfer_syntax_uid
+    if isinstance(instance, Convertible):
+        others = instance.alternatives
+    else:
+        others = tuple(plain for plain in _CONVERTIBLE[:2] if plain != syntax) if syntax in _CONVERTIBLE else ()
+    return [(sop_class_uid, (syntax,)), *([(sop_class_uid, others)] if others else [])]
+
+
+def _prepare(association: Association, peer: Peer, instance: Sendable) -> _Prepared:
     """Choose the accepted context, and the bytes to send in it: as stored if at all possible.
 
     Raises
     ------
     Refused
         No accepted context fits; the reason names the one that was proposed.
+    StorageError
+        It cannot be read or converted.
+    """
+    if not association.is_established and not association.rejected_contexts:
+        raise PeerUnreachable(f"{_name(peer)} ended the association; look at its log")
+    accepted = {
+        str(context.transfer_syntax[0]): cast("int", context.context_id)
+        for context in reversed(association.accepted_contexts)
+        if context.abstract_syntax == instance.summary.sop_class_uid
+    }
+    return fit(instance, accepted, _name(peer))
+
+
+def fit(instance: Sendable, accepted: Mapping[str, int], receiver: str) -> _Prepared:
+    """Choose among the accepted transfer syntaxes of its class (syntax -> context); as stored if at all possible.
+
+    Raises
+    ------
+    Refused
+        None of them fits.
+    StorageError
+        It cannot be read or converted.
     """
     summary = instance.summary
-    accepted = [context for context in association.accepted_contexts if context.abstract_syntax == summary.sop_class_uid]
-    for context in accepted:
-        if context.transfer_syntax[0] == summary.transfer_syntax_uid:
-            return context, instance.chunks()
-    if summary.transfer_syntax_uid in _CONVERTIBLE and summary.byte_count <= _CONVERSION_BYTES:
-        for context in accepted:
-            if context.transfer_syntax[0] in _CONVERTIBLE:
-                return context, iter((_convert(instance, context.transfer_syntax[0]),))
+    stored = summary.transfer_syntax_uid
+    if stored in accepted:
+        return prepare(accepted[stored], instance.chunks())
+    if isinstance(instance, Convertible):
+        for syntax in instance.alternatives:
+            if syntax in accepted:
+                return prepare(accepted[syntax], instance.converted(syntax))
+    elif stored in _CONVERTIBLE and summary.byte_count <= _CONVERSION_BYTES:
+        for syntax, context_id in accepted.items():
+            if syntax in _CONVERTIBLE:
+                return prepare(context_id, iter((_convert(instance, UID(syntax)),)))
     raise Refused(
-        0,
-        f"{_name(peer)} accepts no presentation context for {UID(summary.sop_class_uid).name} "
-        f"in {UID(summary.transfer_syntax_uid).name}; enable it there",
+        0, f"{receiver} accepts no presentation context for {UID(summary.sop_class_uid).name} in {UID(stored).name}; enable it there"
     )
 
 
@@ -379,10 +534,6 @@ def _fragments(chunks: Iterator[bytes], room: int) -> Iterator[tuple[bytes, bool
             start += room
         del pending[:start]
     yield bytes(pending), True
-
-
-def _send_fragment(sock: socket.socket, context_id: int, fragment: bytes, last: bool) -> None:
-    sock.sendall(message.pdata_header(context_id, message.LAST if last else 0, len(fragment)) + fragment)
 
 
 def _pause(association: Association) -> None:

@@ -7,7 +7,7 @@ A service runs in its association's own thread, answers by ``association.dimse.s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pynetdicom.presentation import PresentationContext
@@ -32,3 +32,11 @@ class Service(Protocol):
 
     def serve(self, association: AcceptedAssociation, context: PresentationContext, request: Any) -> None:
         """Answer a request (a primitive of pynetdicom) received in a context; raises nothing that the peer caused."""
+
+
+@runtime_checkable
+class Negotiating(Protocol):
+    """A service that takes part in SOP Class Extended Negotiation (PS3.7 D.3.3.5)."""
+
+    def negotiated(self, abstract_syntax: str, information: bytes) -> bytes:
+        """Answer the Service-class-application-information that was proposed for a SOP class; empty: no answer."""

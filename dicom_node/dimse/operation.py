@@ -1,0 +1,143 @@
+"""One query or retrieval under way: its responses, written past the library, and what its requestor does meanwhile.
+
+Responses go to the socket from the thread that makes them: where the peer reads slowly the work waits for it, and none of them pile up.
+
+References
+----------
+DICOM PS3.7 Sections 9.1.2 to 9.1.4, 9.3.2 to 9.3.4 and Annex C (status); PS3.4 Tables C.4-1 to C.4-3
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from pydicom.uid import UID
+
+from dicom_node.dimse import message
+
+if TYPE_CHECKING:
+    from pynetdicom.presentation import PresentationContext
+
+    from dicom_node.dimse.scp import AcceptedAssociation
+
+C_FIND_RSP: Final = 0x8020
+C_GET_RSP: Final = 0x8010
+C_MOVE_RSP: Final = 0x8021
+
+SUCCESS: Final = 0x0000
+PENDING: Final = 0xFF00
+PENDING_WITHOUT_OPTIONAL: Final = 0xFF01
+"""Matches are continuing; optional keys were not supported for existence or matching."""
+CANCELLED: Final = 0xFE00
+OUT_OF_RESOURCES: Final = 0xA700
+SOP_CLASS_NOT_SUPPORTED: Final = 0x0122
+
+_OFFENDING_ELEMENT, _REMAINING = 0x0901, 0x1020
+_HAS_DATA_SET = 0x0001
+_FLUSH = 32_768
+
+
+class Operation:
+    """A C-FIND, C-GET or C-MOVE that is being answered.
+
+    Parameters
+    ----------
+    association, context, request
+        Where it was asked for, and how.
+    response
+        Command Field of its responses.
+    """
+
+    def __init__(self, association: AcceptedAssociation, context: PresentationContext, request: Any, response: int) -> None:
+        self._association = association
+        self._context_id = int(context.context_id or 0)
+        self._response = response
+        self._buffer = bytearray()
+        self.message_id = int(request.MessageID)
+        self.sop_class_uid = str(request.AffectedSOPClassUID)
+        self.transfer_syntax_uid = str(context.transfer_syntax[0])
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the requestor wants no more of it (C-CANCEL)."""
+        return self.message_id in self._association.dimse.cancel_req
+
+    @property
+    def over(self) -> bool:
+        """Whether the association has ended, and nobody is left to answer."""
+        return self._association.acse.is_aborted() or not self._association.dul.is_alive()
+
+    @property
+    def maximum_length(self) -> int:
+        """Longest P-DATA-TF that the peer takes; 0: no limit."""
+        return self._association.dimse.maximum_pdu_size or 0
+
+    def respond(
+        self,
+        status: int,
+        *,
+        identifier: bytes | None = None,
+        counts: Sequence[int | None] = (),
+        comment: str = "",
+        offending: Sequence[int] = (),
+        hold: bool = False,
+    ) -> None:
+        """Send a response.
+
+        Parameters
+        ----------
+        counts
+            Remaining, completed, failed and warning sub-operations; None: not said.
+        hold
+            It may wait for the next ones, up to 32 KiB of them.
+
+        Raises
+        ------
+        OSError
+            The peer is gone, or does not read.
+        """
+        elements = {
+            message.AFFECTED_SOP_CLASS_UID: message.ui(self.sop_class_uid),
+            message.COMMAND_FIELD: message.us(self._response),
+            message.MESSAGE_ID_BEING_RESPONDED_TO: message.us(self.message_id),
+            message.COMMAND_DATA_SET_TYPE: message.us(message.NO_DATA_SET if identifier is None else _HAS_DATA_SET),
+            message.STATUS: message.us(status),
+        }
+        elements |= {_REMAINING + place: message.us(min(number, 0xFFFF)) for place, number in enumerate(counts) if number is not None}
+        if offending:
+            elements[_OFFENDING_ELEMENT] = b"".join(struct.pack("<HH", tag >> 16, tag & 0xFFFF) for tag in offending)
+        if comment:
+            elements[message.ERROR_COMMENT] = message.comment(comment)
+        for pdu in message.pdata(self._context_id, message.COMMAND, message.encode_command(elements), self.maximum_length):
+            self._buffer += pdu
+        if identifier is not None:
+            for pdu in message.pdata(self._context_id, 0, identifier, self.maximum_length):
+                self._buffer += pdu
+        if not hold or len(self._buffer) >= _FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the responses that were held."""
+        waiting, self._buffer = self._buffer, bytearray()
+        if waiting:
+            self.socket().sendall(waiting)
+
+    def socket(self) -> Any:
+        """Return the connection, to write P-DATA to.
+
+        Raises
+        ------
+        ConnectionError
+            It is closed.
+        """
+        connection = self._association.dul.socket.socket if self._association.dul.socket is not None else None
+        if connection is None:
+            raise ConnectionResetError("the association has ended")
+        return connection
+
+
+def negotiated_for(association: AcceptedAssociation, sop_class_uid: str) -> bytes:
+    """Return the Service-class-application-information that the requestor proposed for a SOP class; empty: none."""
+    return association.requestor.sop_class_extended.get(UID(sop_class_uid), b"")
