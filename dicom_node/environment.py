@@ -24,8 +24,14 @@ class Finding:
     text: str
 
 
-def findings(settings: Settings) -> Iterator[Finding]:
-    """Look at everything the node needs, without starting it or changing anything but making missing folders."""
+def findings(settings: Settings, *, peers: bool = True) -> Iterator[Finding]:
+    """Look at everything the node needs, without starting it or changing anything but making missing folders.
+
+    Parameters
+    ----------
+    peers
+        Whether to call them too.
+    """
     yield Finding("configuration", passed=True, text="every key is known and coherent")
     yield _folder(settings.node.data_dir)
     yield _space(settings)
@@ -33,7 +39,8 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield from _ports(settings)
     yield _store(settings)
     yield from _models(settings)
-    yield from _peers(settings)
+    if peers:
+        yield from _peers(settings)
 
 
 def _folder(path: Path) -> Finding:
