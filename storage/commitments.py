@@ -103,7 +103,7 @@ PROCESSING_FAILURE = 0x0110
 RESOURCE_LIMITATION = 0x0213
 
 _FORGOTTEN_AT_ONCE = 500
-_GATHER_S = 1.0  # the reports of one batch of deliveries are asked for together
+_GATHER = 1_000_000  # microseconds: the reports of one batch of deliveries are asked for together
 
 
 class Reference(NamedTuple):
@@ -438,7 +438,7 @@ class Proofs(_Timers):
                 "request": str(job.id),
                 "attempts": 0,
                 "asked_at": self._now(),
-                "due_at": self._in(_GATHER_S),
+                "due_at": (self._now() // _GATHER + 2) * _GATHER,
             }
             known = connection.execute(select(COMMITMENTS).where(COMMITMENTS.c.digest == digest)).first()
             if known is not None:
