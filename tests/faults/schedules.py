@@ -37,6 +37,7 @@ from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError
 from storage.keys import Ring
 from storage.mover import Mover
 from storage.records import Job, JobKind, JobState
+from storage.retirement import Retirement
 from storage.s3 import S3Store
 from tests.faults import lying_s3
 from tests.faults.checker import Violation, judge
@@ -425,21 +426,26 @@ class Schedule:
             Ring.add(ring_file)
             house.ring.holds("")  # looks at the file now; else within a second
             house.study_keys.rotate(put_document=house.store.put_document, delete_document=house.store.delete_document)
-            judged = self._sweep(house)  # before a key is retired: what it alone opens could not be judged any more
+            retirement = Retirement(
+                database=house.database,
+                study_keys=house.study_keys,
+                ring=house.ring,
+                audit=house.audit,
+                store=house.store,
+                spool=house.archive._places.spool,
+            )
             for key in Ring.shown(ring_file):
-                if judged and not key.primary:
+                if not key.primary:
                     with suppress(StorageError):  # it is still in use
-                        house.study_keys.retire(key.key_id)
+                        retirement.retire(key.key_id)
 
-    def _sweep(self, house: House) -> bool:
-        """Sweep, and tell whether every orphan could be judged."""
+    def _sweep(self, house: House) -> None:
         # Nothing is on its way in between two steps: what has no row now was left by a death.
         with suppress(StorageError):
             orphans = house.archive.orphans()
             grace = timedelta(minutes=-10)
-            swept = (orphans.sweep(grace=grace), orphans.sweep_spool(grace=grace))
-            return not any(one.waiting or one.unreadable for one in swept)
-        return False
+            orphans.sweep(grace=grace)
+            orphans.sweep_spool(grace=grace)
 
     def _erase(self, house: House) -> None:
         if self._acked:

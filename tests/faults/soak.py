@@ -203,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"{time.monotonic() - started:6.0f} s  {line}\n")
         sys.stdout.flush()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the pieces take down what they mounted
     report(f"seed {seed}")
     until = None if options.minutes is None else started + 60 * options.minutes
     done = Soak(wanted, seed=seed, report=report).run(processes=options.processes, until=until)
