@@ -459,12 +459,13 @@ def test_tricks_with_tokens(issuer: Issuer) -> None:
     """Alg none, confusion, kid/jku/x5u, crit, wrong or missing aud, iss, exp, nbf: none is believed (rows 78, 79, 80)."""
     tokens = Tokens(issuer.keys)
     for kind, token in tricks(issuer).items():
+        said = ""
         try:
-            claims = tokens.verify(token)
+            tokens.verify(token)
         except TokenRefused as error:
-            assert "alice" not in str(error)
-        else:
-            pytest.fail(f"{kind} was believed: {claims}")
+            said = str(error)
+        assert said, f"{kind} was believed"
+        assert "alice" not in said
 
 
 def test_clocks_may_differ_by_a_minute(issuer: Issuer) -> None:
