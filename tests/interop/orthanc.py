@@ -47,6 +47,12 @@ class Orthanc:
         with urllib.request.urlopen(f"http://127.0.0.1:{self._http_port}{path}", timeout=60) as response:
             return bytes(response.read())
 
+    def delete(self, path: str) -> None:
+        """DELETE."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self._http_port}{path}", method="DELETE")
+        with urllib.request.urlopen(request, timeout=60):
+            pass
+
     def upload(self, part10: bytes) -> str:
         """Put an instance in; its Orthanc identifier."""
         return str(self.call("/instances", part10)["ID"])
