@@ -21,6 +21,7 @@ from dicom_node.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE, Commitm
 from dicom_node.peers import Peer, Peers
 from storage.commitment_check import CommitmentCheck
 from storage.commitments import Commitments, Patience, Proofs, Reference
+from storage.failpoints import unarmed
 from storage.keys import Ring
 from storage.study_keys import StudyKeys
 from tests.dicom_node.door import Rooms
@@ -212,7 +213,9 @@ class Office:
         raise AssertionError("it did not come")
 
 
-def open_office(rooms: Rooms, peers: Sequence[Peer], *, patience: Patience | None = None, **settings: Any) -> Office:
+def open_office(
+    rooms: Rooms, peers: Sequence[Peer], *, patience: Patience | None = None, reach: Callable[[str], None] = unarmed, **settings: Any
+) -> Office:
     """Put the parts together, as the composition root does."""
     patience = patience or Patience(delay=lambda _: 0.3, wait_s=0.0)
     commitments = Commitments(database=rooms.database, audit=rooms.audit, patience=patience)
@@ -224,7 +227,7 @@ def open_office(rooms: Rooms, peers: Sequence[Peer], *, patience: Patience | Non
     arguments = {"pause_s": 0.3, "answer_s": 5.0, **settings}
     service = CommitmentSCP(commitments=commitments, check=check, proofs=proofs, **arguments)
     caller = CommitmentCaller(ae_title="DERM_NODE", connect_s=5.0, answer_s=5.0)
-    clerk = CommitmentClerk(commitments=commitments, proofs=proofs, check=check, caller=caller, peers=Peers(peers), wait_s=0.5)
+    clerk = CommitmentClerk(commitments=commitments, proofs=proofs, check=check, caller=caller, peers=Peers(peers), wait_s=0.5, reach=reach)
     return Office(rooms, commitments, proofs, check, service, clerk)
 
 

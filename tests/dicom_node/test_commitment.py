@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, generate_uid
+from pynetdicom.dimse_primitives import N_ACTION
 
 from dicom_node.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE
+from dicom_node.dimse.references import write_information
 from dicom_node.peers import Peer, Peers
-from storage.commitments import Patience, State
+from storage.commitments import Patience, Reference, State
 from storage.records import Origin
 from storage.refusals import NoDiary
 from tests.dicom_node.commitment_peer import CommitmentPeer, Office, information, open_office, transaction
@@ -270,3 +274,44 @@ def test_too_many_open_commitments(office: Office, tmp_path: Path, peer: Commitm
         door.settle()
         small.work_until("pacs", lambda: states(small) == ["reported"] * 2)
         assert peer.ask(door.port, transaction(), [pair]) == 0
+
+
+def test_a_million_references(office: Office, door: Door, peer: CommitmentPeer) -> None:
+    """A request of fifty megabytes ends its association before it is held whole; nothing is kept of it, and others are served (row 22)."""
+    with peer.calling(door.port) as association:
+        action = N_ACTION()
+        action.MessageID, action.ActionTypeID = 1, 1
+        action.RequestedSOPClassUID, action.RequestedSOPInstanceUID = UID(PUSH_MODEL), UID(PUSH_MODEL_INSTANCE)
+        one = write_information("1.2.3", [Reference("1.2", "1.3")], implicit=True)
+        action.ActionInformation = BytesIO(one[:14] + struct.pack("<HHL", 8, 0x1199, 0xFFFFFFFF) + one[22:] * 1_000_000)
+        association.dimse.send_msg(action, association.accepted_contexts[0].context_id or 0)
+        door.events.wait_for("association.violation")
+        association.join(30)
+        assert not association.is_alive()
+    door.settle()
+    assert states(office) == []
+    assert peer.ask(door.port, transaction(), [archived(office)]) == 0
+
+
+@pytest.mark.parametrize("point", ["commitment.claimed", "commitment.examined", "commitment.sent"])
+def test_killed_while_reporting(office: Office, door: Door, peer: CommitmentPeer, point: str) -> None:
+    """A clerk that dies with a commitment in hand is followed by another when its lease ends; the peer hears of it at least once."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(name: str) -> None:
+        if name == point:
+            raise Killed
+
+    short = open_office(
+        office.rooms, [Peer("pacs", "PACS", "127.0.0.1", peer.port)], patience=Patience(lease_s=1.0, delay=lambda _: 0.3), reach=kill
+    )
+    pair = archived(office)
+    assert peer.ask(door.port, transaction(), [pair]) == 0
+    door.settle()
+    with pytest.raises(Killed):
+        short.work_until("pacs", lambda: False)
+    office.work_until("pacs", lambda: states(office) == ["reported"])
+    assert {tuple(report.committed) for report in peer.reports} == {(pair,)}
+    assert len(peer.reports) == (2 if point == "commitment.sent" else 1)
