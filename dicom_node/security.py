@@ -115,7 +115,7 @@ class ServerTls:
 
     def context(self) -> ssl.SSLContext:
         """Return the context for the next handshake: that of the newest usable files."""
-        return self._files.current().context
+        return self._files.current(used=True).context
 
     def expires_at(self) -> datetime:
         """Return when our certificate ends."""
@@ -124,6 +124,20 @@ class ServerTls:
     def warnings(self, now: datetime | None = None) -> list[str]:
         """Say what ends within 30 days or has ended, as sentences; each again after 24 hours. To be asked for now and then."""
         return self._calendar.due(self._files.current().ends, now or datetime.now(UTC))
+
+    def ended(self, certificate: PeerCertificate, now: datetime | None = None) -> str:
+        """Say why a certificate that was accepted would be no longer: it expired or was revoked since. Empty: it is still good.
+
+        For associations that go on; cheap enough to ask now and then.
+        """
+        if certificate.not_after <= (now or datetime.now(UTC)):
+            return _VERIFICATION[10].reason
+        for revocations in self._files.current().revocations:
+            if revocations.issuer.rfc4514_string() != certificate.issuer:
+                continue
+            if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
+                return _VERIFICATION[23].reason
+        return ""
 
     def _build(self, changed: bool) -> _Secured:
         chain = _certificates(self._certificate)
@@ -136,22 +150,26 @@ class ServerTls:
         if self._client != "none" and self._authorities is not None:
             context.verify_mode = ssl.CERT_REQUIRED if self._client == "required" else ssl.CERT_OPTIONAL
             ends += _trust(context, self._authorities)
+        revocations: list[x509.CertificateRevocationList] = []
         if self._revocations is not None:
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_CHAIN
             try:
-                ends += _revoke(context, self._revocations)
+                revocations = _revoke(context, self._revocations)
+                ends += [_End(f"the revocation list of {_issuer(each)}", _next_update(each)) for each in revocations]
             except UnusableFile as fault:
                 if not self._started:
                     raise
                 # The list decides who is let in: without it, nobody. OpenSSL refuses what it finds no list for.
                 log.error("tls.revocations_unusable", reason=f"{fault}. Until then no certificate is accepted")  # noqa: TRY400
-        return _Secured(context, chain[0].not_valid_after_utc, tuple(ends))
+        return _Secured(context, chain[0].not_valid_after_utc, tuple(ends), tuple(revocations))
 
     def _keep(self, made: _Secured) -> _Secured:
         """Keep the context before, since the new files cannot be used; but never against a newer revocation list."""
         if self._revocations is not None:
             try:
-                _revoke(made.context, self._revocations)  # OpenSSL takes the newest list that it holds of an authority
+                return replace(
+                    made, revocations=tuple(_revoke(made.context, self._revocations))
+                )  # OpenSSL takes the newest list that it holds of an authority
             except UnusableFile as fault:
                 log.error("tls.revocations_unusable", reason=f"{fault}. Until then nobody is let in")  # noqa: TRY400
                 return replace(made, context=_context(ssl.PROTOCOL_TLS_SERVER))  # without a certificate: every handshake fails
@@ -185,7 +203,7 @@ class ClientTls:
 
     def context(self) -> ssl.SSLContext:
         """Return the context for the next call."""
-        return self._files.current().context
+        return self._files.current(used=True).context
 
     def expires_at(self) -> datetime | None:
         """Return when the certificate we show ends; None when we show none."""
@@ -282,6 +300,9 @@ class PeerCertificate:
     names: tuple[str, ...]
     """DNS names and URIs of the Subject Alternative Name, then common names."""
     not_after: datetime
+    issuer: str = ""
+    """As RFC 4514 writes it."""
+    serial_number: int = 0
 
 
 def peer_certificate(connection: ssl.SSLSocket) -> PeerCertificate | None:
@@ -294,12 +315,19 @@ def peer_certificate(connection: ssl.SSLSocket) -> PeerCertificate | None:
     digest.update(encoded)
     subject = [pair for rdn in _pairs(decoded.get("subject")) for pair in _pairs(rdn)]
     alternative = [pair for pair in _pairs(decoded.get("subjectAltName")) if pair[0] in ("DNS", "URI")]
+    try:
+        parsed = x509.load_der_x509_certificate(encoded)
+        issuer, serial_number = parsed.issuer.rfc4514_string(), parsed.serial_number
+    except ValueError:  # stricter than OpenSSL, which has verified it
+        issuer, serial_number = "", 0
     names = [str(pair[1]) for pair in alternative] + [str(pair[1]) for pair in subject if pair[0] == "commonName"]
     return PeerCertificate(
         fingerprint_sha256=digest.finalize().hex(),
         subject=", ".join(f"{name}={value}" for name, value in subject)[:_SUBJECT],
         names=tuple(dict.fromkeys(names)),
         not_after=datetime.fromtimestamp(ssl.cert_time_to_seconds(str(decoded["notAfter"])), UTC),
+        issuer=issuer,
+        serial_number=serial_number,
     )
 
 
@@ -475,6 +503,7 @@ class _Secured:
     context: ssl.SSLContext
     expires_at: datetime
     ends: tuple[_End, ...]
+    revocations: tuple[x509.CertificateRevocationList, ...] = ()
 
 
 class _Files:
@@ -504,8 +533,8 @@ class _Files:
         self._looked_at = self._made_at = time.monotonic()
         self._uses = 0
 
-    def current(self) -> _Secured:
-        """Return what the newest usable files make."""
+    def current(self, *, used: bool = False) -> _Secured:
+        """Return what the newest usable files make; `used`: for a handshake."""
         with self._lock:
             now = time.monotonic()
             changed = False
@@ -513,7 +542,7 @@ class _Files:
                 self._looked_at = now
                 seen = self._look()
                 changed, self._seen = seen != self._seen, seen
-            self._uses += 1
+            self._uses += used
             if changed or self._uses > _CONTEXT_USES or now - self._made_at > _CONTEXT_S:
                 self._uses, self._made_at = 0, now
                 self._make()
@@ -644,25 +673,30 @@ def _trust(context: ssl.SSLContext, path: Path) -> list[_End]:
     return [_End(f"authority {_brief(authority)} in {path}", authority.not_valid_after_utc) for authority in authorities]
 
 
-def _revoke(context: ssl.SSLContext, path: Path) -> list[_End]:
+def _revoke(context: ssl.SSLContext, path: Path) -> list[x509.CertificateRevocationList]:
     blocks = re.findall(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", _read(path), re.DOTALL)
     if not blocks:
         raise UnusableFile(f"{path} holds no revocation list in PEM form; convert it: openssl crl -inform DER -in ... -out {path}")
-    ends = []
-    for block in blocks:
-        try:
-            revocations = x509.load_pem_x509_crl(block)
-            issuer, update = revocations.issuer.rfc4514_string()[:_SUBJECT], revocations.next_update_utc
-        except ValueError as error:
-            raise UnusableFile(f"a revocation list in {path} cannot be read; fetch it anew from its authority") from error
-        if update is None:
-            raise UnusableFile(f"the revocation list of {issuer} in {path} has no next update; whether it is current cannot be told")
-        ends.append(_End(f"the revocation list of {issuer} in {path}", update))
+    try:
+        found = [x509.load_pem_x509_crl(block) for block in blocks]
+        undated = [_issuer(revocations) for revocations in found if revocations.next_update_utc is None]
+    except ValueError as error:
+        raise UnusableFile(f"a revocation list in {path} cannot be read; fetch it anew from its authority") from error
+    if undated:
+        raise UnusableFile(f"the revocation list of {undated[0]} in {path} has no next update; whether it is current cannot be told")
     try:
         context.load_verify_locations(cafile=path)
     except (ssl.SSLError, OSError) as error:
         raise UnusableFile(f"the revocation lists in {path} cannot be loaded; fetch them anew from their authorities") from error
-    return ends
+    return found
+
+
+def _issuer(revocations: x509.CertificateRevocationList) -> str:
+    return revocations.issuer.rfc4514_string()[:_SUBJECT]
+
+
+def _next_update(revocations: x509.CertificateRevocationList) -> datetime:
+    return revocations.next_update_utc or datetime.min.replace(tzinfo=UTC)
 
 
 def _brief(certificate: x509.Certificate) -> str:

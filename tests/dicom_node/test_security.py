@@ -182,6 +182,25 @@ def test_revoked_certificate_is_refused(hospital: Hospital) -> None:
     assert meet(server.context(), by(free_context(hospital.client))).server_error is not None
 
 
+def test_end_of_a_certificate_that_is_in_use(hospital: Hospital) -> None:
+    """Of a caller that was let in, the door can tell later that its certificate expired or was revoked (row 81)."""
+    other = hospital.authority.issue("other")
+    revocations = hospital.authority.revoke(other)
+    server = hospital.server_tls(revocations=revocations)
+    certificate = meet(server.context(), by(free_context(hospital.client))).certificate
+    assert certificate is not None
+    assert server.ended(certificate) == ""
+    assert "expired" in server.ended(certificate, datetime.now(UTC) + timedelta(days=91))
+    hospital.authority.revoke(other, hospital.client, path=revocations)
+    assert "revoked" in server.ended(certificate)
+    hospital.server.key.write_text("no key")
+    hospital.authority.revoke(hospital.client, path=revocations)
+    assert "revoked" in server.ended(certificate)
+    foreign = Authority(hospital.folder / "foreign", "foreign")
+    foreign.revoke(hospital.client, path=revocations)
+    assert server.ended(certificate) == ""
+
+
 @pytest.mark.parametrize("damage", ["stale", "gone", "garbage", "half", "foreign"])
 def test_bad_revocation_list_closes_the_door(hospital: Hospital, damage: str) -> None:
     """A list that is stale, gone, broken or of another authority lets nobody in, and a good one opens again (fault 44)."""
