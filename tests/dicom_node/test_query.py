@@ -260,8 +260,8 @@ KEYS: dict[str, st.SearchStrategy[str]] = {
 
 def _matches(keyword: str, key: str, values: Sequence[str]) -> bool:
     """PS3.4 C.2.2.2 once more, over texts; shares nothing with the index."""
-    if not key.strip("*"):
-        return True
+    if not key.strip("*^=" if keyword == "PatientName" else "*"):
+        return True  # universal; a name of nothing but delimiters too
     value = values[0] if values else ""
     if keyword in {"StudyInstanceUID", "ModalitiesInStudy"}:
         return bool(set(key.split("\\")) & set(values))
