@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from dicom_node.errors import StartError
 
-Algorithm = Literal["RS256", "PS256", "ES256", "EdDSA", "HS256"]
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "HS256"]
 PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
 _TOKEN_BYTES: Final = 16_384
@@ -32,6 +32,7 @@ _NAME: Final = 256
 _SECRET_BYTES: Final = 32
 _REMEMBERED: Final = 10_000
 _LAST_SECOND: Final = 253_402_300_799  # of the year 9999
+_CURVES: Final = {"ES256": "secp256r1", "ES384": "secp384r1", "ES512": "secp521r1"}
 _HEADERS: Final = frozenset({"alg", "typ", "kid", "cty", "x5t", "x5t#S256"})
 """What a token's header may hold. Keys in it, or addresses of keys (jwk, jku, x5c, x5u), and what must be understood (crit) are refused."""
 
@@ -208,10 +209,12 @@ def _load(key: TokenKey) -> PublicKey | bytes:
         public = load_pem_public_key(data)
     except ValueError as error:
         raise StartError(f"token key {key.kid}: {key.file} holds no public key in PEM form; the issuer gives it") from error
-    if isinstance(public, rsa.RSAPublicKey) and key.algorithm in ("RS256", "PS256") and public.key_size >= 2048:
+    if isinstance(public, rsa.RSAPublicKey) and key.algorithm.startswith(("RS", "PS")) and public.key_size >= 2048:
         return public
-    if isinstance(public, ec.EllipticCurvePublicKey) and key.algorithm == "ES256" and isinstance(public.curve, ec.SECP256R1):
+    if isinstance(public, ec.EllipticCurvePublicKey) and _CURVES.get(key.algorithm) == public.curve.name:
         return public
     if isinstance(public, ed25519.Ed25519PublicKey) and key.algorithm == "EdDSA":
         return public
-    raise StartError(f"token key {key.kid}: {key.file} is no key for {key.algorithm} (RSA of 2048 bits or more, P-256, Ed25519)")
+    raise StartError(
+        f"token key {key.kid}: {key.file} is no key for {key.algorithm} (RSA of 2048 bits or more, the curve of its name, Ed25519)"
+    )

@@ -393,6 +393,9 @@ def test_good_tokens(issuer: Issuer) -> None:
         principal = identities.verify(token, b"", TOKEN, HOME)
         assert (principal.name, principal.issuer, principal.kind) == ("alice", "https://issuer", TOKEN)
         assert principal.expires_at is not None
+    for algorithm in ("RS512", "PS384"):
+        keys = [TokenKey("x", algorithm, issuer.files["rsa"], "https://issuer", "DERM_NODE")]  # type: ignore[arg-type]
+        assert Tokens(keys).verify(jwt.encode(issuer.claims(), issuer.rsa, algorithm).encode())
     alone = Tokens(issuer.keys[:1])
     assert alone.verify(jwt.encode(issuer.claims(aud=["x", "DERM_NODE"]), issuer.rsa, "RS256").encode()).name == "alice"
 
@@ -532,6 +535,7 @@ def test_keys_that_are_none(issuer: Issuer, tmp_path: Path) -> None:
         ("HS256", short),
         ("RS256", issuer.files["ec"]),
         ("ES256", issuer.files["ed"]),
+        ("ES384", issuer.files["ec"]),
         ("RS256", small),
         ("RS256", short),
         ("EdDSA", tmp_path / "absent"),
