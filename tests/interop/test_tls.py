@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from dicom_node.dimse.query import QuerySCP
+from dicom_node.dimse.retrieve import RetrieveSCP
 from dicom_node.dimse.scu import StorageSCU, Stored
 from dicom_node.errors import PeerUnreachable
-from dicom_node.peers import Peer
+from dicom_node.peers import Peer, Peers
 from dicom_node.security import ClientTls, ServerTls
 from tests.certificates import SERVER, Authority, Pair
 from tests.dicom_node.door import Door, Rooms, draw, open_door, open_rooms, save
@@ -216,6 +219,40 @@ def test_certificate_swapped_under_load(rooms: Rooms, tmp_path: Path) -> None:
             assert sender.returncode == 0, errors
         assert door.events.counts["association.violation"] == door.events.counts["association.failed"] == 0
     assert rooms.count() == count + 300
+
+
+def test_query_and_retrieve(keys: Keys, tmp_path: Path) -> None:
+    """DCMTK's findscu by TLS of its own, getscu and movescu through a tunnel, the move's sub-operations by TLS to storescp: all get it."""
+    (tmp_path / "house").mkdir()
+    rooms = open_rooms(tmp_path / "house")
+    pictures = [draw(rows=700, columns=700) for _ in range(3)]
+    for picture in pictures[1:]:
+        picture.StudyInstanceUID, picture.SeriesInstanceUID = pictures[0].StudyInstanceUID, pictures[0].SeriesInstanceUID
+    study = ["-S", "-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={pictures[0].StudyInstanceUID}"]
+    with receiving("storescp", tmp_path / "moved", *keys.options()) as receiver:
+        peers = Peers([receiver])
+        shared: dict[str, Any] = {"database": rooms.database, "audit": rooms.audit, "unknown_peers": True}
+        sender = StorageSCU(ae_title="DERM_NODE", tls=keys.ours())
+        services = [
+            QuerySCP(ae_title="DERM_NODE", **shared),
+            RetrieveSCP(archive=rooms.archive, peers=peers, sender=sender, **shared),
+        ]
+        with open_door(rooms, peers=peers, accept_unknown_peers=True, tls=keys.tls.context, services=services) as door:
+            ours = Peer("door", "DERM_NODE", "127.0.0.1", door.port, tls=True)
+            assert [outcome for _, outcome in sender.store(ours, [held(picture) for picture in pictures])] == [Stored(0)] * 3
+            found = run("findscu", "-v", "-aec", "DERM_NODE", *keys.options(), *study, "-k", "PatientID", "127.0.0.1", door.port)
+            assert found.returncode == 0, found.stderr
+            assert "drawn-1" in found.stderr + found.stdout
+            with tunnel(door.port, keys.ours().context()) as port:
+                (tmp_path / "got").mkdir()
+                got = run("getscu", "-aec", "DERM_NODE", *study, "+B", "-od", tmp_path / "got", "127.0.0.1", port)
+                assert got.returncode == 0, got.stderr
+                moved = run("movescu", "-aec", "DERM_NODE", "-aem", "RECEIVER", *study, "127.0.0.1", port)
+                assert moved.returncode == 0, moved.stderr
+    rooms.database.close()
+    for folder in ("got", "moved"):
+        received = {pydicom.dcmread(path).SOPInstanceUID for path in (tmp_path / folder).iterdir()}
+        assert received == {picture.SOPInstanceUID for picture in pictures}, folder
 
 
 # We call
