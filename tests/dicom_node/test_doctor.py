@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
@@ -229,6 +231,53 @@ def test_the_command(node: RunningNode, monkeypatch: pytest.MonkeyPatch) -> None
     assert code == 1
     assert "nobody listens" in told
     assert "1 of 1 did not pass" in said
+
+
+class ForgetfulWeb(BaseHTTPRequestHandler):
+    """An HTTP door that says Success, and loses the last byte of what it stores."""
+
+    def do_GET(self) -> None:
+        """Search and retrieve."""
+        one = specimen(SYNTAXES[0])
+        if "/instances/" in self.path:
+            self._answer(one.content[:-1], "application/dicom")
+        elif "2.25.1&" in self.path:
+            self._answer(b"[]")
+        else:
+            self._answer(json.dumps([{"0020000D": {"vr": "UI", "Value": [one.summary.study_instance_uid]}}]).encode())
+
+    def do_POST(self) -> None:
+        """Store."""
+        while (size := int(self.rfile.readline().strip(), 16)) > 0:  # chunks, to the last
+            self.rfile.read(size + 2)
+        stored = {"00081155": {"vr": "UI", "Value": [specimen(SYNTAXES[0]).sop_instance_uid]}}
+        self._answer(json.dumps({"00081199": {"vr": "SQ", "Value": [stored]}}).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Be quiet."""
+
+    def _answer(self, body: bytes, kind: str = "application/dicom+json") -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_web_door_that_loses_bytes() -> None:
+    """An HTTP door that stores, finds, and gives back one byte less does not pass: what comes back is compared."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ForgetfulWeb)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        settings = Settings.model_validate({"dicomweb": {"port": server.server_port}})
+        checks = list(Doctor(settings, [], probe=lambda title: Probe(ae_title=title), store=True).own_dicomweb())
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    (fault,) = failures(checks)
+    assert "WADO-RS does not give the instance back" in fault
 
 
 def test_a_node_that_does_not_run(tmp_path: Path) -> None:

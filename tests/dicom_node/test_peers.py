@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from structlog.testing import capture_logs
@@ -31,6 +31,8 @@ def known(name: str, **settings: object) -> KnownPeer:
 
 
 @given(st.text(max_size=18) | st.text("AZ az\\\x1f~", max_size=18))
+@example("A" * 16)
+@example("A" * 17)
 def test_an_ae_title_is_what_the_configuration_takes(text: str) -> None:
     """A peer that is added obeys the same rule for AE titles as one of the configuration."""
     try:
@@ -43,6 +45,8 @@ def test_an_ae_title_is_what_the_configuration_takes(text: str) -> None:
 
 
 @given(st.text(max_size=70) | st.text("Aa0_.-", max_size=70))
+@example("a" * 64)
+@example("a" * 65)
 def test_a_name_is_what_the_configuration_takes(text: str) -> None:
     """The same of names."""
     try:
