@@ -225,32 +225,34 @@ class Commitments(_Timers):
         Unavailable
             The database.
         """
-        return self._database.write(partial(self._accept_in, peer=peer, transaction_uid=transaction_uid, references=references))
+        asked = {
+            "peer": peer,
+            "transaction_uid": transaction_uid,
+            "request": hashlib.sha256("\n".join(sorted(f"{one[0]} {one[1]}" for one in references)).encode()).hexdigest(),
+            "instances": json.dumps([list(one) for one in references], separators=(",", ":")),
+            "outcome": json.dumps([None] * len(references)),
+        }
+        row = self._database.write(partial(self._accept_in, asked=asked))
+        return None if row is None else _commitment(row)
 
-    def _accept_in(self, connection: Connection, *, peer: str, transaction_uid: str, references: Sequence[Reference]) -> Commitment | None:
-        request = hashlib.sha256("\n".join(sorted(f"{one[0]} {one[1]}" for one in references)).encode()).hexdigest()
-        digest = _digest("asked", peer, transaction_uid)
+    def _accept_in(self, connection: Connection, *, asked: Mapping[str, str]) -> Row[Any] | None:
+        peer = asked["peer"]
+        digest = _digest("asked", peer, asked["transaction_uid"])
         known = connection.execute(select(COMMITMENTS).where(COMMITMENTS.c.digest == digest)).first()
-        if known is not None and known.request != request:
+        if known is not None and known.request != asked["request"]:
             raise DuplicateTransaction("the Transaction UID is in use for another request of this peer; use a new one")
         if known is not None and known.state in _OPEN:
             return None
         of_peer = (COMMITMENTS.c.peer == peer, COMMITMENTS.c.state.in_(_OPEN))
         if connection.execute(select(func.count()).select_from(COMMITMENTS).where(*of_peer)).scalar_one() >= self.patience.open_at_most:
             raise TooManyTransactions(f"{self.patience.open_at_most} storage commitments of this peer are open; ask again later")
-        values = {
-            "instances": json.dumps([list(one) for one in references], separators=(",", ":")),
-            "outcome": json.dumps([None] * len(references)),
-            "attempts": 0,
-            "asked_at": self._now(),
-            "due_at": self._in(self.patience.lease_s),
-        }
+        values = {**asked, "attempts": 0, "asked_at": self._now(), "due_at": self._in(self.patience.lease_s)}
         if known is not None:
             self._move(connection, known, State.ASKED, **values)
         else:
-            new = {"digest": digest, "transaction_uid": transaction_uid, "peer": peer, "asked_here": 1, "request": request}
-            connection.execute(insert(COMMITMENTS).values({**new, **values, "state": State.ASKED.value, "deliveries": 0}))
-        return _commitment(connection.execute(select(COMMITMENTS).where(COMMITMENTS.c.digest == digest)).one())
+            new = {"digest": digest, "asked_here": 1, "state": State.ASKED.value, "deliveries": 0}
+            connection.execute(insert(COMMITMENTS).values({**new, **values}))
+        return connection.execute(select(COMMITMENTS).where(COMMITMENTS.c.digest == digest)).one()
 
     def lanes(self) -> list[str]:
         """Return the peers with something to be done about commitments, in either direction."""
