@@ -119,6 +119,14 @@ def test_unknown_user_and_wrong_passcode_cannot_be_told_apart(identities: Identi
     assert max(len(passcode) for passcode in hashing.passcodes) <= 1024
 
 
+def test_hash_of_an_empty_passcode_lets_nobody_in(clock: Clock) -> None:
+    """Where another program made a hash of nothing, neither an empty passcode nor one too long, which is hashed as nothing, is right."""
+    empty = Argon2id(salt=b"s" * 16, length=32, iterations=2, lanes=1, memory_cost=8192).derive_phc_encoded(b"")
+    identities = Identities([User("carol", empty)], clock=clock)
+    for passcode in (b"", b"x" * 1025):
+        assert identity.WRONG in str(refused(identities, b"carol", passcode))
+
+
 def test_decoys_cost_what_users_cost(clock: Clock, hashing: Hashing) -> None:
     """Where users' hashes differ in cost, an unknown name takes the cost of one of them, the same each time."""
     dear = Argon2id(salt=b"s" * 16, length=32, iterations=3, lanes=1, memory_cost=8192).derive_phc_encoded(b"x")
