@@ -29,8 +29,6 @@ REPORT_KINDS: Final = ("sr", "seg")
 _AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}))*\.?")
-_ANSWER_S = 0.5
-_FIRST_ANSWER_S = 5.0
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -219,6 +217,8 @@ class Peers:
         configured peer, or its AE title and host, is passed over.
     refresh_s
         How old the list of the added ones may grow. While the database is away the last one holds.
+    answer_s
+        How long anybody waits for it to be read again; for the first time ten times as long.
 
     Raises
     ------
@@ -227,7 +227,12 @@ class Peers:
     """
 
     def __init__(
-        self, peers: Sequence[Peer] = (), *, added: Callable[[], Sequence[KnownPeer]] | None = None, refresh_s: float = 2.0
+        self,
+        peers: Sequence[Peer] = (),
+        *,
+        added: Callable[[], Sequence[KnownPeer]] | None = None,
+        refresh_s: float = 2.0,
+        answer_s: float = 0.5,
     ) -> None:
         self._configured = {peer.name: peer for peer in peers}
         if len(self._configured) != len(peers):
@@ -235,6 +240,7 @@ class Peers:
         self._by_name: Mapping[str, Peer] = self._configured
         self._added = added
         self._refresh_s = refresh_s
+        self._answer_s = answer_s
         self._lock = threading.Lock()
         self._answered: threading.Event | None = None
         self._read_at = float("-inf")
@@ -270,23 +276,29 @@ class Peers:
 
     def bearing(self, ae_title: str) -> list[Peer]:
         """Return the peers of an AE title, wherever they call from."""
-        return [peer for peer in self if peer.ae_title.strip() == ae_title.strip()]
+        return [peer for peer in self._current(at_once=False).values() if peer.ae_title.strip() == ae_title.strip()]
 
     # -- what was added ----------------------------------------------------------------------------------------------------------
 
-    def _current(self) -> Mapping[str, Peer]:
-        """Return the list; one that is too old is read again first, by one thread for all, which nobody waits for for long."""
+    def _current(self, *, at_once: bool = True) -> Mapping[str, Peer]:
+        """Return the list; one that is too old is read again first, by one thread for all, which nobody waits for for long.
+
+        Who wants an answer `at_once`, for every instance that comes, takes the old list while a new one is read; unless nobody asked
+        for a while, and it is older still.
+        """
         if self._added is None:
             return self._by_name
         with self._lock:
-            if time.monotonic() - self._read_at < self._refresh_s:
+            age = time.monotonic() - self._read_at
+            if age < self._refresh_s:
                 return self._by_name
             answered = self._answered
             if answered is None:
                 answered = self._answered = threading.Event()
                 threading.Thread(target=self._refresh, args=(answered,), name="peers", daemon=True).start()
             first = self._read_at == float("-inf")
-        answered.wait(_FIRST_ANSWER_S if first else _ANSWER_S)
+        if not at_once or age >= 2 * self._refresh_s:
+            answered.wait(self._answer_s * 10 if first else self._answer_s)
         return self._by_name
 
     def _refresh(self, answered: threading.Event) -> None:

@@ -137,7 +137,7 @@ def test_a_running_door_knows_them_at_once(site: Site) -> None:
     """A door rejects a caller, accepts it once `peers add` has returned and the list is read again, rejects it after `peers remove`."""
     with site.parts() as parts:
         added = KnownPeers(database=parts.database, audit=AuditTrail(database=parts.database)).all
-        peers = Peers(list(node.peers_of(site.settings)), added=added, refresh_s=0.0)
+        peers = Peers(storehouse.peers_of(site.settings), added=added, refresh_s=0.0, answer_s=60.0)
         door = StorageSCP(archive=parts.archive, peers=peers, ae_title="DERM_NODE", port=0)
         _, port = door.start()
         try:

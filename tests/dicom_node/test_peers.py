@@ -156,7 +156,7 @@ def test_peers_that_are_added_are_known_without_a_restart(tmp_path: Path) -> Non
     elsewhere = open_database(tmp_path)
     theirs = KnownPeers(database=elsewhere, audit=AuditTrail(database=elsewhere))
     ours = KnownPeers(database=database, audit=AuditTrail(database=database))
-    peers = Peers([Peer("first", "FIRST", "*")], added=ours.all, refresh_s=0.0)
+    peers = Peers([Peer("first", "FIRST", "*")], added=ours.all, refresh_s=0.0, answer_s=60.0)
     assert [peer.name for peer in peers] == ["first"]
     added = Peer("pacs", "PACS", "10.0.0.9", 104)
     theirs.add("pacs", added.settings(), actor="operator", check=lambda _: None)
@@ -186,7 +186,7 @@ def test_the_list_is_not_read_at_every_call() -> None:
 def test_without_the_database_the_last_list_holds() -> None:
     """While the list cannot be read the last one holds, said once; when it can again, the new one does."""
     answers: list[list[KnownPeer] | Unavailable] = [[known("pacs")], *[Unavailable("the database is away: wait")] * 3, []]
-    peers = Peers(added=lambda: _given(answers), refresh_s=0.0)
+    peers = Peers(added=lambda: _given(answers), refresh_s=0.0, answer_s=60.0)
     with capture_logs() as logs:
         for _ in range(4):
             assert peers.by_calling("PACS", "10.0.0.1") is not None
@@ -212,7 +212,7 @@ def test_a_database_that_hangs_holds_nobody_up() -> None:
             release.wait(60)
         return [known("pacs")] if len(reads) == 1 else []
 
-    peers = Peers(added=read, refresh_s=0.0)
+    peers = Peers(added=read, refresh_s=0.0, answer_s=0.05)
     assert peers.get("pacs") is not None
     try:
         for _ in range(3):
@@ -224,10 +224,30 @@ def test_a_database_that_hangs_holds_nobody_up() -> None:
         assert len(reads) < 1000
 
 
+def test_who_looks_up_a_name_takes_the_old_list_while_a_new_one_is_read() -> None:
+    """Between one and two ages of the list a name is looked up in the old one, however long reading takes; callers in the new."""
+    reads: list[int] = []
+    release = threading.Event()
+
+    def read() -> list[KnownPeer]:
+        reads.append(1)
+        if len(reads) > 1:
+            release.wait(60)
+        return [known("pacs")] if len(reads) == 1 else []
+
+    peers = Peers(added=read, refresh_s=1000.0, answer_s=3600.0)
+    assert peers.get("pacs") is not None
+    peers._read_at -= 1500.0
+    assert peers.get("pacs") is not None  # else it would wait for an hour
+    release.set()
+    assert peers.by_calling("PACS", "10.0.0.1") is None
+    assert len(reads) == 2
+
+
 def test_what_clashes_with_the_configuration_is_passed_over() -> None:
     """An added peer whose name, or AE title and host, the configuration has since is passed over, as is an unreadable one; said once."""
     rows = [known("pacs"), known("twin", ae_title="ONE", host="10.0.0.5"), known("broken", port="x"), known("good")]
-    peers = Peers([Peer("pacs", "OURS", "10.0.0.4"), Peer("one", "ONE", "10.0.0.5")], added=lambda: rows, refresh_s=0.0)
+    peers = Peers([Peer("pacs", "OURS", "10.0.0.4"), Peer("one", "ONE", "10.0.0.5")], added=lambda: rows, refresh_s=0.0, answer_s=60.0)
     with capture_logs() as logs:
         for _ in range(3):
             assert {peer.name for peer in peers} == {"pacs", "one", "good"}
@@ -243,7 +263,7 @@ def test_a_closed_database_is_an_outage(tmp_path: Path) -> None:
     database.migrate()
     ours = KnownPeers(database=database, audit=AuditTrail(database=database))
     ours.add("pacs", Peer("pacs", "PACS", "10.0.0.1").settings(), actor="operator", check=lambda _: None)
-    peers = Peers(added=ours.all, refresh_s=0.0)
+    peers = Peers(added=ours.all, refresh_s=0.0, answer_s=60.0)
     assert len(peers) == 1
     database.close()
     assert len(peers) == 1
