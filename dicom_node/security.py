@@ -29,6 +29,17 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from dicom_node.errors import PeerUnreachable, StartError
+from dicom_node.tls_faults import REASONS, VERIFICATION, handshake_fault
+
+__all__ = [
+    "ClientTls",
+    "PeerCertificate",
+    "ServerTls",
+    "certificate_setting",
+    "handshake_fault",
+    "matches",
+    "peer_certificate",
+]
 
 log = structlog.get_logger(__name__)
 
@@ -45,16 +56,6 @@ _ANY_PURPOSE: Final = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE
 
 ClientCertificate = Literal["required", "optional", "none"]
 Stamp = tuple[int, int, int] | None
-
-
-class Fault(NamedTuple):
-    """Why a handshake came to nothing."""
-
-    reason: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.reason}; {self.remedy}"
 
 
 class UnusableFile(Exception):
@@ -131,17 +132,19 @@ class ServerTls:
         For associations that go on; cheap enough to ask now and then.
         """
         if certificate.not_after <= (now or datetime.now(UTC)):
-            return _VERIFICATION[10].reason
+            return VERIFICATION[10].reason
         for revocations in self._files.current().revocations:
             if revocations.issuer.rfc4514_string() != certificate.issuer:
                 continue
             if revocations.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None:
-                return _VERIFICATION[23].reason
+                return VERIFICATION[23].reason
         return ""
 
     def _build(self, changed: bool) -> _Secured:
         chain = _certificates(self._certificate)
-        _check_own(self._certificate, chain[0], ExtendedKeyUsageOID.SERVER_AUTH, "serverAuth", expired=changed)
+        _check_own(self._certificate, chain[0], expired=changed)
+        if fault := _wrong_purpose(self._certificate, chain[0], ExtendedKeyUsageOID.SERVER_AUTH, "serverAuth"):
+            raise UnusableFile(fault)
         context = _context(ssl.PROTOCOL_TLS_SERVER)
         _load_pair(context, self._certificate, self._key)
         ends = [_End(f"our certificate {self._certificate}", chain[0].not_valid_after_utc)]
@@ -184,7 +187,7 @@ class ClientTls:
     authorities
         PEM: who may vouch for peers; a peer's own self-signed certificate is its own authority.
     certificate, key
-        PEM: ours, for peers that ask for one. None: we show none.
+        PEM: ours, for peers that ask for one. None, or not for clients by its Extended Key Usage: we show none.
     watch_s
         How often to look at the files, in seconds.
 
@@ -263,8 +266,12 @@ class ClientTls:
         expires_at = datetime.max.replace(tzinfo=UTC)
         if self._certificate is not None and self._key is not None:
             own = _certificates(self._certificate)[0]
-            _check_own(self._certificate, own, ExtendedKeyUsageOID.CLIENT_AUTH, "clientAuth", expired=changed)
-            _load_pair(context, self._certificate, self._key)
+            _check_own(self._certificate, own, expired=changed)
+            if fault := _wrong_purpose(self._certificate, own, ExtendedKeyUsageOID.CLIENT_AUTH, "clientAuth"):
+                # Public authorities issue no others to servers any more, and many peers ask for none: those can still be called
+                log.warning("tls.no_client_certificate", reason=f"{fault}. Until then we show peers none")
+            else:
+                _load_pair(context, self._certificate, self._key)
             expires_at = own.not_valid_after_utc
             ends.append(_End(f"our certificate {self._certificate}", expires_at))
         return _Secured(context, expires_at, tuple(ends))
@@ -373,121 +380,6 @@ def matches(configured: str, certificate: PeerCertificate) -> bool:
     if not wanted:
         return False
     return wanted == certificate.fingerprint_sha256 or any(wanted.casefold() == name.casefold() for name in certificate.names)
-
-
-# Faults in words
-
-_VERIFICATION: Final[dict[int, Fault]] = {
-    # X509_V_ERR_*: what is wrong with the other side's certificate
-    3: Fault("there is no usable revocation list of an authority of its chain", "put a current list of each authority into the file"),
-    8: Fault("the revocation list is not signed by the authority", "fetch the list anew from the authority"),
-    9: Fault("its certificate is not valid yet", "compare the clocks of both sides"),
-    10: Fault("its certificate has expired", "it needs a new one"),
-    11: Fault("the revocation list is not valid yet", "compare our clock with the authority's"),
-    12: Fault("the revocation list is past its next update", "fetch a current list; until then no certificate is accepted"),
-    18: Fault("its certificate is self-signed and not among the authorities", "if it is the right one, add it to the authorities' file"),
-    19: Fault("its certificate comes of an authority we do not know", "if it may vouch for peers, add it to the authorities' file"),
-    20: Fault("its certificate comes of an authority we do not know", "if it may vouch for peers, add it to the authorities' file"),
-    21: Fault(
-        "its certificate comes without the intermediate ones",
-        "it must send the whole chain, or add the intermediate to the authorities' file",
-    ),
-    23: Fault("its certificate is revoked", "it needs a new one"),
-    24: Fault("a certificate of its chain is no authority's", "it needs a certificate of a proper authority"),
-    26: Fault("its certificate is not for this use (Extended Key Usage)", "a caller's must allow clientAuth, a receiver's serverAuth"),
-    62: Fault(
-        "its certificate is of another host name", "call it by a name of the certificate, or have its name added (Subject Alternative Name)"
-    ),
-    64: Fault(
-        "its certificate is of another address",
-        "call it by a name of the certificate, or have its address added (Subject Alternative Name)",
-    ),
-    66: Fault("the key of its certificate is too short", "it needs RSA of 2048 bits or more, or an elliptic curve"),
-    67: Fault("the key of its authority is too short", "the authority needs RSA of 2048 bits or more, or an elliptic curve"),
-    68: Fault("its certificate is signed with a broken digest (SHA-1 or MD5)", "it needs one signed with SHA-256 or better"),
-}
-_PLAIN: Final = Fault("what came is no TLS", "one side speaks plain DICOM: switch TLS on there, or off for this port or peer")
-_VERSION: Final = Fault("it speaks only TLS 1.1 or older", "update it: BCP 195 allows TLS 1.2 and 1.3")
-_SUITE: Final = Fault(
-    "no cipher suite in common", "it needs TLS 1.3, or TLS 1.2 with ECDHE and AES-GCM or ChaCha20 (profile BCP 195; in DCMTK +py)"
-)
-_NO_CERTIFICATE: Final = Fault("it showed no certificate", "give it a certificate and key of an authority that we know")
-_OURS_UNKNOWN: Final = Fault("it does not know the authority of our certificate", "give it the certificate of our authority")
-_OURS_REFUSED: Final = Fault(
-    "it does not accept our certificate", "its log says why; check that it knows our authority, and the certificate's names and dates"
-)
-_REASONS: Final[dict[str, Fault]] = {
-    "WRONG_VERSION_NUMBER": _PLAIN,
-    "HTTP_REQUEST": Fault("what came is HTTP", "this port speaks DICOM over TLS; DICOMweb has a port of its own"),
-    "HTTPS_PROXY_REQUEST": Fault("what came is HTTP", "this port speaks DICOM over TLS; DICOMweb has a port of its own"),
-    "RECORD_LAYER_FAILURE": _PLAIN,
-    "PACKET_LENGTH_TOO_LONG": _PLAIN,
-    "RECORD_TOO_SMALL": _PLAIN,
-    "BAD_RECORD_TYPE": _PLAIN,
-    "INVALID_RECORD_TYPE": _PLAIN,
-    "UNEXPECTED_RECORD": _PLAIN,
-    "UNKNOWN_PROTOCOL": _PLAIN,
-    "UNSUPPORTED_PROTOCOL": _VERSION,
-    "VERSION_TOO_LOW": _VERSION,
-    "TLSV1_ALERT_PROTOCOL_VERSION": Fault("it does not accept TLS 1.2 or 1.3", _VERSION.remedy),
-    "NO_SHARED_CIPHER": _SUITE,
-    "NO_SUITABLE_SIGNATURE_ALGORITHM": _SUITE,
-    "NO_SHARED_SIGNATURE_ALGORITHMS": _SUITE,
-    "NO_SUITABLE_GROUPS": _SUITE,
-    "NO_SUITABLE_KEY_SHARE": _SUITE,
-    "SSLV3_ALERT_HANDSHAKE_FAILURE": Fault(
-        "it found nothing in common, or wants a certificate of ours", f"give us one that it knows; else: {_SUITE.remedy}"
-    ),
-    "TLSV1_ALERT_INSUFFICIENT_SECURITY": _SUITE,
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": _NO_CERTIFICATE,
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": Fault(
-        "it wants a certificate of ours", "configure a certificate and key of an authority that it knows"
-    ),
-    "TLSV1_ALERT_UNKNOWN_CA": _OURS_UNKNOWN,
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": Fault("it says that our certificate has expired", "renew our certificate, and compare the clocks"),
-    "SSLV3_ALERT_CERTIFICATE_REVOKED": Fault("it says that our certificate is revoked", "get a new certificate for us"),
-    "SSLV3_ALERT_BAD_CERTIFICATE": _OURS_REFUSED,
-    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": _OURS_REFUSED,
-    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": _OURS_REFUSED,
-    "TLSV1_ALERT_ACCESS_DENIED": _OURS_REFUSED,
-    "SSLV3_ALERT_NO_CERTIFICATE": _OURS_REFUSED,
-    "TLSV1_ALERT_DECRYPT_ERROR": _OURS_REFUSED,
-    "EE_KEY_TOO_SMALL": _VERIFICATION[66],
-    "CA_KEY_TOO_SMALL": _VERIFICATION[67],
-    "CA_MD_TOO_WEAK": _VERIFICATION[68],
-    "WRONG_SIGNATURE_TYPE": _SUITE,
-    "DH_KEY_TOO_SMALL": _SUITE,
-    "TLSV1_ALERT_NO_RENEGOTIATION": Fault("it wanted to renegotiate", "that is not allowed; update it"),
-    "NO_RENEGOTIATION": Fault("it wanted to renegotiate", "that is not allowed; update it"),
-}
-
-
-def handshake_fault(error: OSError, *, calling: bool = False) -> Fault:
-    """Say in words why a TLS handshake failed, and what to do.
-
-    Parameters
-    ----------
-    error
-        What the handshake, or the first reading after it, raised.
-    calling
-        Whether we called.
-    """
-    if isinstance(error, ssl.SSLCertVerificationError):
-        known = _VERIFICATION.get(error.verify_code)
-        return known or Fault(
-            f"its certificate cannot be verified ({error.verify_message})", "its certificate and the authorities must fit"
-        )
-    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
-    if reason in _REASONS:
-        return _REASONS[reason]
-    gone = "it speaks plain DICOM on this port, or it refuses us: its log says why"
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionError):
-        return Fault(
-            "it closed the connection within the TLS handshake", gone if calling else "look at its log: does it know our authority?"
-        )
-    if isinstance(error, TimeoutError):
-        return Fault("it did not finish the TLS handshake in time", gone if calling else "does it speak TLS?")
-    return Fault(f"the TLS handshake failed ({reason.replace('_', ' ').lower() or error.strerror or 'no reason'})", "look at both logs")
 
 
 # Files and what is made of them
@@ -623,7 +515,7 @@ def _certificates(path: Path) -> list[x509.Certificate]:
         raise UnusableFile(f"{path} holds no certificates in PEM form; convert it: openssl x509 -inform DER -in ... -out {path}") from error
 
 
-def _check_own(path: Path, certificate: x509.Certificate, purpose: x509.ObjectIdentifier, name: str, *, expired: bool) -> None:
+def _check_own(path: Path, certificate: x509.Certificate, *, expired: bool) -> None:
     """Refuse a certificate of ours that every peer would refuse, in words; `expired`: also one that has ended."""
     now = datetime.now(UTC)
     if expired and certificate.not_valid_after_utc <= now:
@@ -635,12 +527,17 @@ def _check_own(path: Path, certificate: x509.Certificate, purpose: x509.ObjectId
         raise UnusableFile(f"the certificate {path} has an RSA key of {key.key_size} bits; peers refuse less than 2048")
     if isinstance(key, ec.EllipticCurvePublicKey) and key.key_size < 224:
         raise UnusableFile(f"the certificate {path} has an elliptic curve of {key.key_size} bits; use P-256 or larger")
+
+
+def _wrong_purpose(path: Path, certificate: x509.Certificate, purpose: x509.ObjectIdentifier, name: str) -> str:
+    """Say that a certificate of ours is not for a use; empty: it is."""
     try:
         usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
-        return
-    if purpose not in usage and _ANY_PURPOSE not in usage:
-        raise UnusableFile(f"the certificate {path} is not for this use: its Extended Key Usage lacks {name}; have it issued with that")
+        return ""
+    if purpose in usage or _ANY_PURPOSE in usage:
+        return ""
+    return f"the certificate {path} is not for this use: its Extended Key Usage lacks {name}; have it issued with that"
 
 
 def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
@@ -655,7 +552,7 @@ def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         if reason == "KEY_VALUES_MISMATCH":
             raise UnusableFile(f"the key {key} is not that of the certificate {certificate}; put both of one pair there") from error
         if reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
-            raise UnusableFile(f"the certificate {certificate} is too weak: {_REASONS[reason].reason}") from error
+            raise UnusableFile(f"the certificate {certificate} is too weak: {REASONS[reason].reason}") from error
         raise UnusableFile(f"{certificate} and {key} cannot be loaded ({reason or error}); both must be PEM") from error
     except OSError as error:
         raise UnusableFile(f"{certificate} or {key} cannot be read ({error.strerror}); correct path or permissions") from error

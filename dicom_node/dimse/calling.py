@@ -18,7 +18,8 @@ from pynetdicom.transport import T_CONNECT, AddressInformation, AssociationSocke
 from dicom_node.dimse.connection import TlsConnection
 from dicom_node.errors import PeerUnreachable
 from dicom_node.peers import Peer
-from dicom_node.security import ClientTls, Fault, handshake_fault
+from dicom_node.security import ClientTls
+from dicom_node.tls_faults import Fault, handshake_fault
 
 _UNHEARD: Final = Fault(
     "after the handshake it said nothing any more",

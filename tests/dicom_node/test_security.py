@@ -19,7 +19,8 @@ from structlog.testing import capture_logs
 
 from dicom_node import security
 from dicom_node.errors import PeerUnreachable, StartError
-from dicom_node.security import ClientTls, PeerCertificate, ServerTls, certificate_setting, handshake_fault, matches, peer_certificate
+from dicom_node.security import ClientTls, PeerCertificate, ServerTls, certificate_setting, matches, peer_certificate
+from dicom_node.tls_faults import handshake_fault
 from tests.certificates import CLIENT, SERVER, Authority, Pair, encrypted_key, weak_signature
 
 
@@ -645,6 +646,19 @@ def test_peer_that_wants_a_certificate(hospital: Hospital) -> None:
     outcome = meet(hospital.server_tls().context(), lambda connection: client.secure(connection, host="localhost"))
     assert outcome.client_error is not None
     assert "wants a certificate" in handshake_fault(outcome.client_error, calling=True).reason
+
+
+def test_certificate_for_servers_alone_is_not_shown(hospital: Hospital) -> None:
+    """A pair for servers alone does not keep us from calling peers that ask for none; the log says why it is not shown."""
+    pair = hospital.authority.issue("server-only", purposes=SERVER)
+    with capture_logs() as logs:
+        client = hospital.client_tls(pair)
+    assert [entry["event"] for entry in logs] == ["tls.no_client_certificate"]
+    assert "clientAuth" in logs[0]["reason"]
+    asking_none = hospital.server_tls(client="none", authorities=None)
+    outcome = meet(asking_none.context(), lambda connection: client.secure(connection, host="localhost"))
+    assert (outcome.server_error, outcome.client_error) == (None, None)
+    assert meet(hospital.server_tls().context(), by(client.context())).server_error is not None
 
 
 # Who it is
