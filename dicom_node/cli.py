@@ -13,13 +13,19 @@ from rich.text import Text
 from dicom_node import config
 from dicom_node.cli_archive import backup, duties, erase, hold_app, migrate, nodes_app, quarantine_app, reindex, restore, retention
 from dicom_node.cli_keys import keys_app
+from dicom_node.cli_peers import peers_app, refusals
+from dicom_node.cli_users import users_app
+from dicom_node.conformance import conformance
 from dicom_node.console import ConfigOption, command_line, err, fail, faults_as_sentences, out, progress_bar, runnable, settings_of
+from dicom_node.doctor import doctor
 from dicom_node.errors import StartError
 from storage.records import AuditEvent, JobKind
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
                   help="A DICOM node for dermatology: archives encrypted, analyses, answers with Structured Reports.")  # fmt: skip
 app.add_typer(keys_app, name="keys")
+app.add_typer(peers_app, name="peers")
+app.add_typer(users_app, name="users")
 app.add_typer(hold_app, name="hold")
 app.add_typer(quarantine_app, name="quarantine")
 app.add_typer(nodes_app, name="nodes")
@@ -214,7 +220,7 @@ def verify(config_file: ConfigOption = None) -> None:
             )
 
 
-for command in (erase, retention, backup, restore, reindex, migrate, duties):
+for command in (doctor, conformance, refusals, erase, retention, backup, restore, reindex, migrate, duties):
     app.command()(command)
 
 

@@ -34,7 +34,7 @@ def _known(parts: Storehouse) -> KnownPeers:
 
 
 def _configured(settings: Settings) -> list[Peer]:
-    from dicom_node.node import peers_of  # noqa: PLC0415 - as above
+    from dicom_node.storehouse import peers_of  # noqa: PLC0415 - as above
 
     return list(peers_of(settings))
 

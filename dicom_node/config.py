@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 
 from dicom_node import config_faults
+from dicom_node.peers import Peer
+from dicom_node.peers import faults as peer_faults
 
 _LISTS = frozenset({"peers", "routes", "webhooks"})
 ENVIRONMENT_PREFIX = "DICOM_NODE_"
@@ -63,18 +65,77 @@ class NodeSection(Section):
 
 
 class DimseSection(Section):
-    """The DIMSE door (C-ECHO, C-STORE)."""
+    """The DIMSE door: verification, storage, query and retrieve, storage commitment."""
 
     enabled: bool = Field(default=True, description="Listen for DICOM associations.")
     ae_title: AETitle = Field("DERM_NODE", description="Our AE title; associations called otherwise are rejected.")
     host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback needs at least one peer.")
     port: Port = Field(11112, description="TCP port.")
-    maximum_associations: int = Field(200, ge=1, description="Open associations at once; more are rejected as transient.")
+    processes: int = Field(1, ge=1, le=32, description="Receiving processes; they share the port.")
+    maximum_associations: int = Field(
+        200,
+        ge=1,
+        le=10_000,
+        description="Open associations at once, of all processes; more are rejected as transient. One caller gets "
+        "three quarters of them unless its max_associations says otherwise.",
+    )
     accept_unknown_peers: Literal["loopback", "never"] = Field(
         "loopback", description="Whether senders that are no peer below may store: only while we listen on loopback, or never."
     )
     unknown_sop_classes: bool = Field(default=False, description="Also accept private and unknown storage SOP classes.")
+    handshake_s: float = Field(10.0, gt=0, description="From connection to a whole association request, TLS included; else it is closed.")
     idle_s: float = Field(60.0, gt=0, description="An association without a byte for this long is aborted.")
+    minimum_bytes_per_s: int = Field(1024, ge=0, description="A message that comes more slowly than this over idle_s is aborted; 0: never.")
+    find_rows: int = Field(10_000, ge=1, description="C-FIND: most matches of one query; then it ends with 0xA700.")
+    find_s: float = Field(25.0, gt=0, description="C-FIND: longest search.")
+    retrieve_instances: int = Field(100_000, ge=1, description="C-MOVE, C-GET: most instances of one request.")
+    commitment_references: int = Field(10_000, ge=1, description="Storage commitment: most references of one request.")
+    commitment_wait_s: float = Field(
+        3600.0,
+        ge=0,
+        description="Storage commitment: wait so long for an instance that is not in the store yet.",
+    )
+
+
+class TlsSection(Section):
+    """TLS of the DIMSE door, and of calls to peers with tls = true (PS3.15, BCP 195)."""
+
+    enabled: bool = Field(default=False, description="The DIMSE door speaks TLS, and nothing else.")
+    certificate: Path | None = Field(None, description="Our certificate and intermediates (PEM); files are followed.")
+    key: Path | None = Field(None, description="Its private key (PEM, not encrypted).")
+    authorities: Path | None = Field(None, description="Who may vouch for callers, and for the peers that we call (PEM).")
+    client: Literal["required", "optional", "none"] = Field("required", description="Whether callers must show a certificate.")
+    revocations: Path | None = Field(None, description="Certificate revocation lists, one of each authority (PEM); empty: not looked at.")
+
+
+class UserSection(Section):
+    """One user of User Identity Negotiation."""
+
+    name: str = Field(min_length=1, max_length=128, description="User name.")
+    passcode_hash: SecretStr = Field(SecretStr(""), description="What `dicom-node users hash` prints; empty: the name alone identifies.")
+
+
+class TokenKeySection(Section):
+    """One key of issuers of JSON Web Tokens."""
+
+    kid: str = Field(description="The key's id, as tokens name it.")
+    algorithm: Literal["RS256", "PS256", "ES256", "EdDSA", "HS256"] = Field(description="The only one tried with this key.")
+    file: Path = Field(description="PEM public key; for HS256 the secret.")
+    issuer: str = Field(description="Required iss.")
+    audience: str = Field(description="Required aud.")
+    name_claim: str = Field("sub", description="Which claim names the user.")
+
+
+class IdentitiesSection(Section):
+    """Who identifies when associating (User Identity Negotiation, PS3.7 D.3.3.7)."""
+
+    mode: Literal["ignore", "optional", "required"] = Field("ignore", description="ignore: not looked at; optional: verified when given.")
+    plaintext: bool = Field(default=False, description="Take credentials without TLS from other machines.")
+    users: tuple[UserSection, ...] = Field((), description="[[identities.users]]: name and passcode_hash (`dicom-node users hash`).")
+    keys: tuple[TokenKeySection, ...] = Field(
+        (), description="[[identities.keys]]: kid, algorithm, file, issuer, audience, name_claim of who issues tokens."
+    )
+    token_once: bool = Field(default=False, description="A token counts only once; it needs a jti.")
 
 
 class DicomwebSection(Section):
@@ -234,6 +295,11 @@ class DeliverySection(Section):
     first_delay_s: float = Field(5.0, gt=0, description="Wait after the first failed try; doubles with each.")
     longest_delay_s: float = Field(3600.0, gt=0, description="Longest wait between tries.")
     timeout_s: float = Field(30.0, gt=0, description="Seconds a peer may take to answer.")
+    commitment_answer_s: float = Field(
+        86400.0,
+        gt=0,
+        description="Peers with commit = true: not committed in this time, and the report is sent again.",
+    )
 
 
 class LoggingSection(Section):
@@ -249,12 +315,18 @@ class PeerSection(Section):
     name: Name = Field(description="How routes, logs and the command line call it.")
     ae_title: AETitle = Field(description="Its AE title.")
     host: str = Field(
-        "*", description="Its address or host name; * accepts its AE title from anywhere (then nothing can be delivered to it)."
+        "*",
+        description="Its address or host name; or, for one that only calls, a network (10.20.0.0/16), or * for anywhere.",
     )
     port: Port = Field(0, description="Its port; 0: it is never called.")
     accept: bool = Field(default=True, description="It may store here.")
+    retrieve: bool = Field(default=True, description="It may query and retrieve here.")
     deliver: tuple[ReportKind, ...] = Field(("sr", "seg"), description="What it is sent of our results.")
     acknowledge: Literal["", "land", "archive"] = Field("", description="What Success means for it; empty: as [archive].")
+    max_associations: int = Field(0, ge=0, description="How many it may hold here at once; 0: three quarters of all.")
+    certificate: str = Field("", description="With TLS: SHA-256 fingerprint, or a name, of the certificate that it must show; empty: any.")
+    tls: bool = Field(default=False, description="Call it by TLS.")
+    commit: bool = Field(default=False, description="Ask it for storage commitment of our reports; what it does not commit is sent again.")
 
 
 class RouteSection(Section):
@@ -283,6 +355,8 @@ class Settings(Section):
 
     node: NodeSection = NodeSection()
     dimse: DimseSection = DimseSection()
+    tls: TlsSection = TlsSection()
+    identities: IdentitiesSection = IdentitiesSection()
     dicomweb: DicomwebSection = DicomwebSection()
     admin: AdminSection = AdminSection()
     archive: ArchiveSection = ArchiveSection()
@@ -326,11 +400,12 @@ def _incoherences(settings: Settings) -> list[str]:
     names = [peer.name for peer in settings.peers]
     for name in sorted({name for name in names if names.count(name) > 1}):
         faults.append(f"peers: the name {name!r} stands twice; give each peer a name of its own")
-    for name in sorted(set(names) & {"dicomweb", "node"}):
-        faults.append(f"peers: the name {name!r} is reserved; choose another")
+    for index, section in enumerate(settings.peers):
+        faults += [f"peers.{index}.{key}: {words}" for key, words in peer_faults(peer_of(section))]
     titles = [(peer.ae_title, peer.host) for peer in settings.peers if peer.accept]
     for title, host in sorted({title for title in titles if titles.count(title) > 1}):
         faults.append(f"peers: AE title {title!r} at {host!r} stands twice with accept = true; a sender must be one peer")
+    faults += _tls_faults(settings)
     if settings.dimse.enabled and not is_loopback(settings.dimse.host) and not any(peer.accept for peer in settings.peers):
         faults.append(
             f"dimse.host: {settings.dimse.host} is reachable from elsewhere but no peer may store; "
@@ -349,7 +424,7 @@ def _incoherences(settings: Settings) -> list[str]:
             peer = next((peer for peer in settings.peers if peer.name == target), None)
             if peer is None:
                 faults.append(f"{where}, to: no peer is called {target!r}; known: {', '.join(names) or 'none'}")
-            elif peer.host == "*" or not peer.port:
+            elif not peer_of(peer).callable or not peer.port:
                 faults.append(f"{where}, to: peer {target!r} has no host and port to deliver to; add both")
     if settings.archive.store == "s3" and not settings.archive.bucket:
         faults.append('archive.bucket: store = "s3" needs the name of a bucket')
@@ -370,6 +445,25 @@ def _incoherences(settings: Settings) -> list[str]:
         if hook.url.startswith("http://") and not is_loopback(urlsplit(hook.url).hostname or ""):
             faults.append(f"{where}, url: what is not this machine needs https")
     return faults
+
+
+def _tls_faults(settings: Settings) -> list[str]:
+    tls, faults = settings.tls, []
+    if tls.enabled and (tls.certificate is None or tls.key is None):
+        faults.append("tls.certificate: TLS needs a certificate and its key; name both files, or set tls.enabled = false")
+    if tls.enabled and tls.client != "none" and tls.authorities is None:
+        faults.append('tls.authorities: callers are asked for certificates; name who may vouch for them, or set tls.client = "none"')
+    for index, peer in enumerate(settings.peers):
+        if peer.tls and tls.authorities is None:
+            faults.append(f"peers.{index}.tls: name in tls.authorities who may vouch for peer {peer.name}")
+        if peer.certificate and not (tls.enabled or peer.tls):
+            faults.append(f"peers.{index}.certificate: without TLS no certificate is shown; set tls.enabled = true, or leave it empty")
+    return faults
+
+
+def peer_of(section: PeerSection) -> Peer:
+    """Make the peer that a section describes."""
+    return Peer(**section.model_dump())
 
 
 def _environment_overrides(environ: Mapping[str, str], faults: list[str], sources: dict[tuple[str, str], str]) -> dict[str, dict[str, Any]]:

@@ -408,7 +408,7 @@ def _probe_of(settings: Settings) -> Callable[[str], Probe]:
 def _archive(settings: Settings) -> tuple[dict[str, Peer], list[Pair], list[Check]]:
     """Return the peers there are, what kinds of instances the archive holds, and what kept us from asking the archive."""
     from dicom_node import storehouse  # noqa: PLC0415 - as above
-    from dicom_node.node import peers_of  # noqa: PLC0415
+    from dicom_node.storehouse import peers_of  # noqa: PLC0415
     from storage.kinds import newest_kinds  # noqa: PLC0415
     from storage.known_peers import KnownPeers  # noqa: PLC0415
 

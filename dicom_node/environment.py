@@ -174,7 +174,7 @@ def _models(settings: Settings) -> Iterator[Finding]:
 def _peers(settings: Settings) -> Iterator[Finding]:
     from dicom_node.dimse.scu import StorageSCU
     from dicom_node.errors import DeliveryError
-    from dicom_node.node import peers_of
+    from dicom_node.storehouse import peers_of
 
     scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=5.0)
     for peer in peers_of(settings):

@@ -27,7 +27,7 @@ from dicom_node.console import command_line
 from dicom_node.errors import StartError
 from dicom_node.health import served
 from dicom_node.observability import Metrics, configure_logging, forget_process, prepare_metrics
-from dicom_node.peers import Peer, Peers
+from dicom_node.peers import Peers
 from dicom_node.routes import Route, Routing
 from dicom_node.storehouse import Storehouse, database_file, folder, foreign_ring, object_store, open_database, storage, wrapping_key
 from dicom_node.supervisor import Supervisor, end_in_time, give_signs_of_life, stop_on_signals, stop_with_parent
@@ -62,14 +62,6 @@ def model_bundles(settings: Settings) -> tuple[ModelBundle, ...]:
     from inference.bundle import load_bundles  # only workers and `check` need models
 
     return load_bundles(settings.inference.bundles)
-
-
-def peers_of(settings: Settings) -> Peers:
-    """Make the peers of the configuration."""
-    return Peers([
-        Peer(name=peer.name, ae_title=peer.ae_title, host=peer.host, port=peer.port, accept=peer.accept, deliver=peer.deliver)
-        for peer in settings.peers
-    ])  # fmt: skip
 
 
 def _ensure_keys(settings: Settings) -> None:
@@ -228,12 +220,12 @@ def _last(descriptor: int) -> bool:
 def _roles(settings: Settings) -> list[str]:
     roles = []
     if settings.dimse.enabled:
-        roles.append("dimse")
+        roles += ["dimse"] * settings.dimse.processes
     if settings.dicomweb.enabled:
         roles.append("web")
     if settings.inference.enabled:
         roles += ["worker"] * settings.inference.workers
-    if settings.delivery.enabled or settings.webhooks:
+    if settings.delivery.enabled or settings.webhooks or settings.dimse.enabled:  # it also answers requests for storage commitment
         roles.append("courier")
     roles.append("mover")
     return roles
@@ -342,44 +334,14 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
 
 
 def _dimse(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
-    from dicom_node.dimse.receive import ReceiveLimits
-    from dicom_node.dimse.scp import StorageSCP
+    from dicom_node.dimse_door import dimse_door, watch_certificates
 
-    def observe(event: str, **labels: Any) -> None:
-        kind, _, what = event.partition(".")
-        if kind == "association":
-            metrics.association(what)
-        elif event == "instance.received":
-            metrics.instance(door="dimse", outcome=labels["outcome"], byte_count=labels["byte_count"])
-            metrics.seconds("receive", labels["seconds"])
-        elif event == "instance.refused":
-            metrics.instance(door="dimse", outcome=f"0x{labels['status']:04X}")
-        else:
-            metrics.instance(door="dimse", outcome=what)
-
-    scp = StorageSCP(
-        archive=parts.archive,
-        peers=peers_of(settings),
-        ae_title=settings.dimse.ae_title,
-        host=settings.dimse.host,
-        port=settings.dimse.port,
-        maximum_associations=settings.dimse.maximum_associations,
-        accept_unknown_peers=_trusts_callers(settings),
-        unknown_sop_classes=settings.dimse.unknown_sop_classes,
-        limits=ReceiveLimits(idle_s=settings.dimse.idle_s),
-        message_bytes=settings.limits.object_bytes + 64 * 1024**2,
-        observe=observe,
-    )
-    scp.start()
-    ready()
-    stop.wait()
-    scp.stop(settings.node.drain_s)
-
-
-def _trusts_callers(settings: Settings) -> bool:
-    from dicom_node.config import is_loopback
-
-    return settings.dimse.accept_unknown_peers == "loopback" and is_loopback(settings.dimse.host)
+    with dimse_door(settings, parts, metrics) as scp:
+        scp.start()
+        ready()
+        threading.Thread(target=watch_certificates, args=(settings, stop, metrics.certificate), name="certificates", daemon=True).start()
+        stop.wait()
+        scp.stop(settings.node.drain_s)
 
 
 def _web(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
@@ -442,7 +404,7 @@ def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threa
         pipeline=pipeline,
         reports=partial(build_reports, node=identity, schemes=schemes),
         installation_uid=installation_uid,
-        deliver_to=routing(settings, peers_of(settings)).destinations if settings.delivery.enabled else nowhere,
+        deliver_to=routing(settings, parts.peers).destinations if settings.delivery.enabled else nowhere,
         max_pixels=settings.limits.pixels,
         max_bytes=settings.limits.object_bytes,
         reach=failpoint_from_environment(os.environ),
@@ -457,6 +419,7 @@ def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threa
 def _courier(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
     from dicom_node.courier import Courier
     from dicom_node.dimse.scu import StorageSCU
+    from dicom_node.dimse_door import client_tls, commitment_clerk
 
     def observe(event: str, **labels: Any) -> None:
         metrics.delivery(peer=labels["peer"], outcome=event.removeprefix("delivery."))
@@ -469,13 +432,17 @@ def _courier(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thre
             sending.add_done_callback(lambda _: stop.set())  # should it end by a fault, the process ends and the supervisor makes another
         try:
             ready()
-            if settings.delivery.enabled:
+            if settings.delivery.enabled or settings.dimse.enabled:
+                reach = failpoint_from_environment(os.environ)
+                tls = client_tls(settings)
+                sender = StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s, tls=tls)
                 Courier(
                     archive=parts.archive,
                     queue=parts.queue,
-                    peers=peers_of(settings),
-                    sender=StorageSCU(ae_title=settings.dimse.ae_title, answer_s=settings.delivery.timeout_s),
-                    reach=failpoint_from_environment(os.environ),
+                    peers=parts.peers,
+                    sender=sender if settings.delivery.enabled else None,
+                    clerk=commitment_clerk(settings, parts, reach=reach, metrics=metrics),
+                    reach=reach,
                     heartbeat_s=settings.node.lease_s / 3,
                     wait=parts.database.changed,
                     observe=observe,

@@ -120,6 +120,10 @@ class Metrics:
         self._duties = Counter("dicom_node_duties", "Rounds of duties by outcome.", ["duty", "outcome"], registry=registry)
         self._moved = Counter("dicom_node_moved", "Objects brought into the store, or not, by outcome.", ["outcome"], registry=registry)
         self._moved_bytes = Counter("dicom_node_moved_bytes", "Bytes brought into the store.", registry=registry)
+        self._dimse = Counter("dicom_node_dimse", "Queries, retrievals, commitments: what happened.", ["event"], registry=registry)
+        self._certificates = Gauge(
+            "dicom_node_certificate_seconds", "Until a certificate of ours ends.", ["of"], registry=registry, multiprocess_mode="livemin"
+        )
         self._seconds = Histogram(
             "dicom_node_step_seconds", "Duration of the steps.", ["step"], registry=registry,
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
@@ -135,6 +139,14 @@ class Metrics:
     def association(self, outcome: str) -> None:
         """An association was accepted, rejected or aborted."""
         self._associations.labels(outcome).inc()
+
+    def dimse(self, event: str) -> None:
+        """Count a query, a retrieval, or a step of a storage commitment."""
+        self._dimse.labels(event).inc()
+
+    def certificate(self, of: str, seconds: float) -> None:
+        """Note for how long a certificate is good yet."""
+        self._certificates.labels(of).set(seconds)
 
     def request(self, *, transaction: str, status: int) -> None:
         """An HTTP request was answered."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from sqlalchemy import make_url
 
+from dicom_node.config import peer_of
+from dicom_node.peers import Peer, Peers
 from inference.pipeline import analysable
 from storage.archive import ENDED_BADLY, Acknowledge, Archive
 from storage.audit import AuditTrail
@@ -24,6 +26,7 @@ from storage.failpoints import failpoint_from_environment
 from storage.holds import Holds
 from storage.index import Index
 from storage.keys import Ring
+from storage.known_peers import KnownPeers
 from storage.nodes import Nodes
 from storage.objects import DirectoryStore, ObjectStore
 from storage.records import AuditEvent, Job, JobKind, Limits, NewJob, Origin, Summary
@@ -55,6 +58,8 @@ class Storehouse:
     cache: ReadCache | None
     nodes: Nodes
     holds: Holds
+    peers: Peers
+    """Of the configuration, and those that are added while the node runs."""
     node_id: str
 
 
@@ -142,10 +147,19 @@ def foreign_ring(settings: Settings, study_keys: StudyKeys, ring: Ring) -> str:
     )
 
 
-def acknowledging(settings: Settings) -> Callable[[Origin], Acknowledge]:
+def peers_of(settings: Settings) -> list[Peer]:
+    """Return the peers of the configuration."""
+    return [peer_of(section) for section in settings.peers]
+
+
+def acknowledging(settings: Settings, peers: Peers) -> Callable[[Origin], Acknowledge]:
     """Return what Success means for a sender: its own policy, else that of the archive."""
-    own = {peer.name: peer.acknowledge for peer in settings.peers if peer.acknowledge}
-    return lambda origin: own.get(origin.peer) or settings.archive.acknowledge
+
+    def policy(origin: Origin) -> Acknowledge:
+        peer = peers.get(origin.peer) if origin.peer else None
+        return (peer.acknowledge if peer is not None else "") or settings.archive.acknowledge
+
+    return policy
 
 
 @contextmanager
@@ -179,6 +193,7 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
     identity = node_id(settings)
     index = Index(database=database)
     audit = AuditTrail(database=database)
+    peers = Peers(peers_of(settings), added=KnownPeers(database=database, audit=audit).all)
     queue = WorkQueue(
         database=database,
         home=identity,
@@ -215,7 +230,7 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
         spool=spool,
         cache=cache,
         node_id=identity,
-        acknowledge=acknowledging(settings),
+        acknowledge=acknowledging(settings, peers),
         max_bytes_in_flight=settings.archive.max_bytes_in_flight,
         pixels_equal=_pixels_equal,
         on_conflict=settings.archive.on_conflict,
@@ -236,6 +251,7 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
         cache=cache,
         nodes=Nodes(database=database),
         holds=Holds(database=database, audit=audit),
+        peers=peers,
         node_id=identity,
     )
 

@@ -155,7 +155,8 @@ class Wire:
         request = AWSRequest(method=method, url=url, headers=headers)
         request.context["payload"] = base64.b64decode(named["ChecksumSHA256"]).hex() if method == "PUT" else _EMPTY
         _Signer(self.credentials.get_frozen_credentials(), "s3", self.region).add_auth(request)
-        prepared = AWSPreparedRequest(method, url, dict(request.headers.items()), body or None, stream_output=True)
+        told: Any = dict(request.headers.items())  # as urllib3 takes them
+        prepared = AWSPreparedRequest(method, url, told, body or None, stream_output=True)
         response = self.session.send(prepared)
         status = int(response.status_code)
         if status >= 300:

@@ -18,6 +18,8 @@ import threading
 import time
 from typing import Any
 
+from dicom_node.security import PeerCertificate, peer_certificate
+
 
 class TlsConnection:
     """A TLS connection whose handshake is over.
@@ -84,6 +86,11 @@ class TlsConnection:
         return sent
 
     sendall = send
+
+    @property
+    def certificate(self) -> PeerCertificate | None:
+        """What the peer showed; None: nothing."""
+        return peer_certificate(self._connection)
 
     def pending(self) -> int:
         """Return how many bytes are decrypted and not read, which no poll tells of."""

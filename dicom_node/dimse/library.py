@@ -15,6 +15,7 @@ VERSION: Final = "3.0.4"
 
 INTERNALS: Final = (
     # (module, attribute path, first 16 hexadecimal digits of the SHA-256 of its source): what we override or stand on
+    ("pynetdicom.acse", "ACSE._check_user_identity", "a890d3db8e5bfdaf"),
     ("pynetdicom.acse", "ACSE._negotiate_as_acceptor", "fffd360957c42a8e"),
     ("pynetdicom.acse", "ACSE._negotiate_as_requestor", "507959152c5896c6"),
     ("pynetdicom.acse", "ACSE.send_reject", "700998293bbcb6c9"),

@@ -48,6 +48,10 @@ class Rejected(Protocol):
     def reason(self) -> str:
         """In words."""
 
+    @property
+    def remedy(self) -> str:
+        """In words; empty: it follows from the numbers."""
+
 
 class Words:
     """Says why, and what helps.
@@ -72,7 +76,9 @@ class Words:
         calling, called = calling_ae_title.strip(), called_ae_title.strip()
         peer = self._peers.by_calling(calling, address)
         code = (rejection.result, rejection.source, rejection.diagnostic)
-        if code == (1, 1, 7):
+        if rejection.remedy:
+            reason, remedy = rejection.reason, rejection.remedy
+        elif code == (1, 1, 7):
             reason, remedy = self._other_called(called)
         elif code == (1, 1, 3):
             reason, remedy = self._unknown_calling(peer, calling, address)
@@ -175,7 +181,8 @@ class Words:
 
     def _unknown_calling(self, peer: Peer | None, calling: str, address: str) -> tuple[str, str]:
         if peer is not None:
-            return f"peer {peer.name} may do nothing here (accept = false)", "let it store (accept = true), if it shall"
+            reason = f"peer {peer.name} may do nothing here (accept and retrieve are false)"
+            return reason, "let it store (accept = true), or query and retrieve (retrieve = true), if it shall"
         command = f"`dicom-node peers add NAME --ae-title {shlex.quote(calling)} --host {address}`"
         if named := self._peers.bearing(calling):
             known = ", ".join(f"{one.name} at {one.host}" for one in named)

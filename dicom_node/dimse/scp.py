@@ -24,11 +24,12 @@ from pynetdicom import AE, evt
 from pynetdicom._globals import DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
 from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
-from pynetdicom.pdu_primitives import A_ASSOCIATE
+from pynetdicom.pdu_primitives import A_ASSOCIATE, UserIdentityNegotiation
 from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.sop_class import _NON_PATIENT_OBJECT_CLASSES, _STORAGE_CLASSES
 from pynetdicom.transport import AddressInformation, AssociationSocket
 
+from dicom_node.dimse.connection import TlsConnection
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
 from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Turnstile, UpperLayer, unobserved
@@ -36,7 +37,9 @@ from dicom_node.dimse.refusing import Words
 from dicom_node.dimse.services import Negotiating
 from dicom_node.dimse.slots import Held, Slots
 from dicom_node.dimse.vestibule import Connection, Turned, Vestibule
+from dicom_node.identity import Identities, IdentityRefused, Principal
 from dicom_node.peers import Peer, Peers, normal_address
+from dicom_node.security import PeerCertificate, matches
 from storage.errors import MismatchedInstance, StorageError
 from storage.iod import TRANSFER_SYNTAXES
 from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
@@ -52,6 +55,7 @@ log = structlog.get_logger(__name__)
 SUCCESS = 0x0000
 CANNOT_UNDERSTAND = 0xC000
 PROCESSING_FAILURE = 0x0110
+NOT_AUTHORISED = 0x0124
 VERIFICATION = "1.2.840.10008.1.1"
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
 _BACKLOG = 1024
@@ -69,10 +73,22 @@ class Rejection:
     source: int
     diagnostic: int
     reason: str
+    remedy: str = ""
+    """Empty: it follows from the numbers."""
 
 
 UNKNOWN_CALLED = Rejection(1, 1, 7, "called AE title not recognised")
 UNKNOWN_CALLING = Rejection(1, 1, 3, "calling AE title not recognised")
+OTHER_CERTIFICATE = Rejection(
+    1,
+    1,
+    3,
+    "the certificate is not the one of that peer",
+    "compare its SHA-256 fingerprint with that of the peer's entry",
+)
+ANONYMOUS = Rejection(
+    1, 1, 1, "no user identified itself", "let the caller negotiate User Identity, or set identities.mode to optional or ignore"
+)
 LOCAL_LIMIT = Rejection(2, 3, 2, "local limit exceeded")
 
 
@@ -119,6 +135,10 @@ class StorageSCP:
         Counts associations together with other processes that listen on the same port; None: this one listens alone.
     tls
         Gives the TLS context of the next connection; None: no TLS.
+    identities
+        Verifies who identifies by User Identity Negotiation (PS3.7 D.3.3.7); None: that is not looked at.
+    identity_required
+        Reject who does not.
     refusals
         Takes note of what is refused; None: nobody does.
     observe
@@ -143,10 +163,14 @@ class StorageSCP:
         services: Sequence[Service] = (),
         slots: Slots | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
+        identities: Identities | None = None,
+        identity_required: bool = False,
         refusals: Diary | None = None,
         observe: Callable[..., None] = unobserved,
     ) -> None:
         quiet()
+        self._identities = identities
+        self._identity_required = identity_required
         self._services = {abstract_syntax: service for service in services for abstract_syntax in service.abstract_syntaxes}
         self._archive = archive
         self._peers = peers
@@ -223,6 +247,11 @@ class StorageSCP:
             self._wait_closed(self.limits.handshake_s)
 
     @property
+    def identifies(self) -> bool:
+        """Whether User Identity is looked at."""
+        return self._identities is not None
+
+    @property
     def associations(self) -> int:
         """How many associations are established now."""
         with self._lock:
@@ -233,8 +262,14 @@ class StorageSCP:
         peer = self._peers.by_calling(calling_ae_title, association.address)
         if called_ae_title.strip() != self.entity.ae_title.strip():
             return UNKNOWN_CALLED
-        if not (peer.accept if peer is not None else self._accept_unknown_peers):
+        if not (peer.accept or peer.retrieve or peer.commit if peer is not None else self._accept_unknown_peers):
             return UNKNOWN_CALLING
+        if peer is not None and peer.certificate:
+            certificate = association.certificate
+            if certificate is None or not matches(peer.certificate, certificate):
+                return OTHER_CERTIFICATE
+        if (rejection := self._identify(association)) is not None:
+            return rejection
         caller = f"peer {peer.name}" if peer is not None else f"address {association.address}"
         # one caller alone may not take the place of all others, unless it is told that it may
         quota = (peer.max_associations if peer is not None else 0) or max(1, self._slots.total * 3 // 4)
@@ -245,6 +280,25 @@ class StorageSCP:
         association.peer = peer
         return None
 
+    def _identify(self, association: AcceptedAssociation) -> Rejection | None:
+        """Verify the user identity of a request, if that is looked at."""
+        if self._identities is None:
+            return None
+        item = association.requestor.user_identity
+        if item is None:
+            return ANONYMOUS if self._identity_required else None
+        try:
+            association.principal = self._identities.verify(
+                item.primary_field or b"",
+                item.secondary_field or b"",
+                item.user_identity_type or 0,
+                association.address,
+                secured=association.secured,
+            )
+        except IdentityRefused as refused:
+            return Rejection(2 if refused.retry_after_s else 1, 1, 1, refused.reason, refused.remedy)
+        return None
+
     def supported(self, proposed: list[PresentationContext], peer: Peer | None) -> list[PresentationContext]:
         """Return what to support of the proposed contexts: each storage class, with every syntax that can be stored, retired ones too.
 
@@ -252,11 +306,12 @@ class StorageSCP:
         """
         wanted: dict[str, list[str]] = {}
         served = {syntax: service for syntax, service in self._services.items() if service.permitted(peer)}
+        gives = any(service.sends_instances for service in served.values())
         for context in proposed:
             abstract_syntax = str(context.abstract_syntax)
             if abstract_syntax in served:
                 known: Container[str] = served[abstract_syntax].abstract_syntaxes[abstract_syntax]
-            elif is_storage(abstract_syntax, unknown=self._unknown_sop_classes):
+            elif is_storage(abstract_syntax, unknown=self._unknown_sop_classes) and (gives or peer is None or peer.accept):
                 known = TRANSFER_SYNTAXES
             else:
                 continue
@@ -265,7 +320,7 @@ class StorageSCP:
         for context in supported:
             if getattr(served.get(str(context.abstract_syntax)), "takes_reports", False):  # the peer may be the SCP: storage commitment
                 context.scu_role = context.scp_role = True
-        if any(service.sends_instances for service in served.values()):
+        if gives:
             for context in supported:
                 if context.abstract_syntax not in served:
                     context.scu_role = context.scp_role = True
@@ -306,6 +361,7 @@ class StorageSCP:
             abstract_syntax=str(context.abstract_syntax),
             request=request,
             message_bytes=self._message_bytes,
+            permitted=association.peer is None or association.peer.accept,
             words=self.words,
             observe=self.observe,
         )
@@ -374,11 +430,22 @@ class AdmittingACSE(ACSE):
             self.assoc.kill()
             return
         name = self.assoc.peer.name if self.assoc.peer is not None else ""
-        log.info("association.accepted", peer=name, address=self.assoc.address, **titles)
+        user = {"user": self.assoc.principal.name} if self.assoc.principal is not None else {}
+        log.info("association.accepted", peer=name, address=self.assoc.address, secured=self.assoc.secured, **user, **titles)
         self.assoc.door.observe("association.accepted", peer=name)
         self.acceptor.supported_contexts = self.assoc.door.supported(request.presentation_context_definition_list, self.assoc.peer)
         super()._negotiate_as_acceptor()
         self.assoc.door.note_contexts(self.assoc)
+
+
+    def _check_user_identity(self) -> tuple[bool, UserIdentityNegotiation | None]:
+        """Say to who asked for it that his identity was verified, at admission (PS3.7 D.3.3.7.2); the library does so for tokens alone."""
+        item = self.requestor.user_identity
+        if item is None or not self.assoc.door.identifies or not item.positive_response_requested:
+            return True, None
+        response = UserIdentityNegotiation()
+        response.server_response = b""
+        return True, response
 
 
 class AcceptedAssociation(Association):
@@ -398,6 +465,8 @@ class AcceptedAssociation(Association):
         super().__init__(door.entity, MODE_ACCEPTOR)
         self.door = door
         self.peer: Peer | None = None
+        self.principal: Principal | None = None
+        """Who identified; None: nobody did, or it was not looked at."""
         self.address = normal_address(str(address[0]))
         self._connection = connection
         self.acse = AdmittingACSE(self)
@@ -423,6 +492,16 @@ class AcceptedAssociation(Association):
         self.acceptor.implementation_version_name = door.entity.implementation_version_name
         self.requestor.address_info = AddressInformation.from_tuple(address)
         self.bind(evt.EVT_SOP_EXTENDED, lambda event: self.door.extended(event.app_info, self.peer))
+
+    @property
+    def secured(self) -> bool:
+        """Whether it came by TLS."""
+        return isinstance(self._connection, TlsConnection)
+
+    @property
+    def certificate(self) -> PeerCertificate | None:
+        """The verified certificate that the peer showed; None: it showed none."""
+        return self._connection.certificate if isinstance(self._connection, TlsConnection) else None
 
     @property
     def proposal(self) -> A_ASSOCIATE:
@@ -491,6 +570,7 @@ class StoreReception:
         abstract_syntax: str,
         request: StoreRequest,
         message_bytes: int,
+        permitted: bool,
         words: Words,
         observe: Callable[..., None],
     ) -> None:
@@ -503,7 +583,9 @@ class StoreReception:
         self._began = time.monotonic()
         self._failure: tuple[int, str] | None = None
         self._intake: Intake | None = None
-        if not request.has_data_set:
+        if not permitted:
+            self._failure = (NOT_AUTHORISED, "this peer may not store here (accept = false)")
+        elif not request.has_data_set:
             self._failure = (CANNOT_UNDERSTAND, "C-STORE request without a data set")
         elif not request.sop_class_uid or not request.sop_instance_uid:
             self._failure = (CANNOT_UNDERSTAND, "C-STORE request without Affected SOP Class or Instance")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -10,16 +12,23 @@ from pathlib import Path
 
 import pytest
 from pydicom.uid import generate_uid
+from pynetdicom import AE
 from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
+from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import UserIdentityNegotiation
 from pynetdicom.sop_class import _STORAGE_CLASSES
 from structlog.testing import capture_logs
 
 from dicom_node.dimse.receive import ReceiveLimits
+from dicom_node.dimse.retrieve import RetrieveSCP
 from dicom_node.dimse.scp import is_storage
+from dicom_node.dimse.scu import StorageSCU
+from dicom_node.identity import Identities, User, hash_passcode
 from dicom_node.peers import Peer, Peers
 from storage.iod import TRANSFER_SYNTAXES
 from storage.records import Limits
 from tests.dicom_node.door import SECONDARY_CAPTURE, Door, Rooms, draw, encoded, open_door, open_rooms
+from tests.dicom_node.receiver import certificate
 from tests.dicom_node.scripted_peer import (
     ABORT,
     ASSOCIATE_AC,
@@ -40,6 +49,7 @@ from tests.dicom_node.scripted_peer import (
 
 STORE_CONTEXT = (1, SECONDARY_CAPTURE, [EXPLICIT])
 PRIVATE = "1.2.826.0.1.3680043.8.498.1"
+GET = "1.2.840.10008.5.1.4.1.2.2.3"
 FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 RETIRED_ULTRASOUND = "1.2.840.10008.5.1.4.1.1.6"
 HANGING_PROTOCOL = "1.2.840.10008.5.1.4.38.1"
@@ -250,13 +260,13 @@ def rejection(port: int, **settings: str) -> tuple[int, ...]:
 
 
 def test_admission(rooms: Rooms) -> None:
-    """Wrong called AE title 1,1,7; unknown caller, known caller from elsewhere, peer not allowed to store 1,1,3 (threats 10, 11)."""
+    """Wrong called AE title 1,1,7; unknown caller, known caller from elsewhere, peer that may do nothing 1,1,3 (threats 10, 11)."""
     peers = Peers(
         [
             Peer("scanner", "SCANNER", "localhost"),
             Peer("anywhere", "ROAMING", "*"),
             Peer("away", "AWAY", "192.0.2.1"),
-            Peer("mute", "MUTE", "127.0.0.1", accept=False),
+            Peer("mute", "MUTE", "127.0.0.1", accept=False, retrieve=False),
         ]
     )
     with open_door(rooms, peers=peers) as door:
@@ -490,3 +500,75 @@ def test_threads_end_with_their_associations(rooms: Rooms) -> None:
         door.scp.stop(drain_s=30.0)
         assert not [thread for thread in threading.enumerate() if "AcceptorThread" in thread.name]
         assert door.events.counts["association.failed"] == 0
+
+
+def test_who_may_not_store(rooms: Rooms) -> None:
+    """Accept = false: no storage contexts; beside C-GET they are there, and a store is answered 0124."""
+    peers = Peers([Peer("reader", "READER", "127.0.0.1", accept=False)])
+    with open_door(rooms, peers=peers) as door, ScriptedPeer(door.port) as peer:
+        assert peer.associate(STORE_CONTEXT, (3, VERIFICATION, [IMPLICIT]), calling="READER") == ASSOCIATE_AC
+        assert {context: result for context, (result, _) in peer.results.items()} == {1: 3, 3: 0}
+        peer.release()
+    sender = StorageSCU(ae_title="DERM_NODE")
+    retrieve = RetrieveSCP(database=rooms.database, archive=rooms.archive, audit=rooms.audit, peers=peers, sender=sender)
+    data_set = draw()
+    with open_door(rooms, peers=peers, services=[retrieve]) as door, ScriptedPeer(door.port) as peer:
+        assert peer.associate(STORE_CONTEXT, (3, GET, [IMPLICIT]), calling="READER") == ASSOCIATE_AC
+        assert store(peer, encoded(data_set), data_set.SOPInstanceUID) == 0x0124
+        peer.release()
+    assert rooms.landing() == []
+
+
+def test_user_identity(rooms: Rooms) -> None:
+    """Who must identify and does not, or wrongly, is rejected, who guesses on is for now; the right passcode comes in (threat 12)."""
+    identities = Identities([User("nurse", hash_passcode(b"correct horse"))])
+    with open_door(rooms, identities=identities, identity_required=True) as door:
+
+        def answer(secondary: bytes | None, primary: bytes = b"nurse") -> Association:
+            entity = AE(ae_title="SCANNER")
+            entity.add_requested_context(VERIFICATION)
+            items = []
+            if secondary is not None:
+                item = UserIdentityNegotiation()
+                item.user_identity_type, item.positive_response_requested = 2, True
+                item.primary_field, item.secondary_field = primary, secondary
+                items.append(item)
+            association = entity.associate("127.0.0.1", door.port, ae_title="DERM_NODE", ext_neg=items)
+            if association.is_established:
+                association.release()
+            return association
+
+        assert answer(None).is_rejected
+        assert answer(b"wrong").is_rejected
+        assert answer(b"wrong", b"nobody").is_rejected
+        let_in = answer(b"correct horse")
+        assert let_in.is_released
+        assert let_in.acceptor.user_identity is not None
+        results = []
+        for _ in range(30):
+            guess = answer(b"guess")
+            assert guess.is_rejected
+            results.append(guess.acceptor.primitive.result)
+        assert set(results) == {1, 2}
+        door.settle()
+
+
+def test_certificates_of_peers(rooms: Rooms, tmp_path: Path) -> None:
+    """A peer with a certificate of its own is that peer only when it shows it (threat 11)."""
+    file = certificate(tmp_path)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(file)
+    server.load_verify_locations(file)
+    server.verify_mode = ssl.CERT_OPTIONAL
+    fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(file.read_text().split("-----BEGIN PRIVATE")[0])).hexdigest()
+    peers = Peers([Peer("shown", "SHOWN", "*", 0, certificate=fingerprint), Peer("other", "OTHER", "*", 0, certificate="0" * 64)])
+    with open_door(rooms, peers=peers, tls=lambda: server) as door:
+        for shows, calling, expected in ((True, "SHOWN", ASSOCIATE_AC), (True, "OTHER", ASSOCIATE_RJ), (False, "SHOWN", ASSOCIATE_RJ)):
+            client = ssl.create_default_context(cafile=str(file))
+            if shows:
+                client.load_cert_chain(file)
+            peer = ScriptedPeer(door.port)
+            peer.socket = client.wrap_socket(peer.socket, server_hostname="127.0.0.1")
+            assert peer.associate(STORE_CONTEXT, calling=calling) == expected
+            peer.socket.close()
+        door.settle()
