@@ -158,8 +158,9 @@ def _networking(document: Document, settings: Settings) -> None:
     from dicom_node.dimse.receive import ReceiveLimits  # noqa: PLC0415 - as above
     from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME  # noqa: PLC0415
 
-    limits = ReceiveLimits(idle_s=settings.dimse.idle_s)
-    title = settings.dimse.ae_title
+    section = settings.dimse
+    limits = ReceiveLimits(handshake_s=section.handshake_s, idle_s=section.idle_s, minimum_bytes_per_s=section.minimum_bytes_per_s)
+    title = section.ae_title
     document.heading(1, "Networking")
     document.heading(2, "Implementation model")
     document.paragraph(
@@ -176,7 +177,7 @@ def _networking(document: Document, settings: Settings) -> None:
             ("Implementation Class UID", IMPLEMENTATION_CLASS_UID),
             ("Implementation Version Name", IMPLEMENTATION_VERSION_NAME),
             ("Maximum length received", f"{limits.maximum_pdu_length} bytes"),
-            ("Associations as acceptor", f"{settings.dimse.maximum_associations} at once; a peer may have its own quota"),
+            ("Associations as acceptor", f"{section.maximum_associations} at once; of one caller three quarters, or its own quota"),
             ("Associations as initiator", "8 peers at once for reports, one association each; and one for each C-MOVE under way"),
             ("Asynchronous operations window", "not negotiated: one operation at a time"),
             ("Association request", f"complete {limits.handshake_s:g} s after the connection, at most {limits.handshake_pdu_length} bytes"),
@@ -195,7 +196,10 @@ def _networking(document: Document, settings: Settings) -> None:
         "The calling AE title and address must be those of a peer; "
         + ("callers of this machine are let in while the node listens on loopback; " if unknown == "loopback" else "")
         + "else A-ASSOCIATE-RJ (1, 1, 3).",
-        "Beyond the limit, or the peer's quota: A-ASSOCIATE-RJ (2, 3, 2).",
+        "With TLS the certificate must be that of the peer, where one is named for it; else A-ASSOCIATE-RJ (1, 1, 3).",
+        f"User identity: {_identity(settings)}",
+        "Beyond the limit, or the caller's quota: A-ASSOCIATE-RJ (2, 3, 2).",
+        "A peer that may not store, or not query and retrieve, is refused the presentation contexts of that, or the operation.",
         "Of the transfer syntaxes of a presentation context the first one proposed that is supported is accepted.",
     )
     if settings.dimse.enabled:
@@ -218,8 +222,8 @@ def _networking(document: Document, settings: Settings) -> None:
     document.heading(3, "Status of C-STORE")
     _c_store(document)
     if settings.dimse.enabled:
-        _query_retrieve(document)
-        _commitment(document)
+        _query_retrieve(document, settings)
+        _commitment(document, settings)
     document.heading(2, "Network interfaces")
     document.paragraph("TCP/IP, version 4 and 6, as the operating system gives them. Host names of peers are resolved at each call.")
     document.heading(2, "Configuration")
@@ -231,6 +235,8 @@ def _networking(document: Document, settings: Settings) -> None:
             ("Address", f"`{settings.dimse.host}`", "`dimse.host`"),
             ("Private and unknown storage SOP classes", _yes(settings.dimse.unknown_sop_classes), "`dimse.unknown_sop_classes`"),
             ("Instance of the same UID and other content", settings.archive.on_conflict, "`archive.on_conflict`"),
+            ("TLS", "yes" if settings.tls.enabled else "no", "`[tls]`"),
+            ("User identity", settings.identities.mode, "`[identities]`"),
             ("Success means", settings.archive.acknowledge, "`archive.acknowledge`; a peer may have its own"),
             ("Peers", "AE title, address or network, port, rights", "`[[peers]]`, `dicom-node peers`"),
         ],
@@ -259,6 +265,7 @@ def _c_store(document: Document) -> None:
     for error in _C_STORE_ERRORS:
         words = (error.__doc__ or "").splitlines()[0].rstrip(".")
         rows.append((f"{error.failure_reason:04X}", "Refused, try again" if error.retryable else "Error", words))
+    rows.append(("0124", "Refused", "not authorised: the peer may not store (`accept = false`)"))
     rows.append((f"{errors.StorageError.failure_reason:04X}", "Error", "processing failure; Error Comment and the node's log say which"))
     document.table(("Status", "Kind", "Meaning"), rows)
     document.paragraph(
@@ -268,7 +275,7 @@ def _c_store(document: Document) -> None:
     )
 
 
-def _query_retrieve(document: Document) -> None:
+def _query_retrieve(document: Document, settings: Settings) -> None:
     from dicom_node.dimse.information_model import MODELS  # noqa: PLC0415 - as above
 
     document.heading(3, "Query and retrieve")
@@ -286,26 +293,29 @@ def _query_retrieve(document: Document) -> None:
         "regard to case, "
         "in all component groups. TimezoneOffsetFromUTC is returned and not matched.",
         "Without relational queries negotiated the unique keys of the levels above must be single values.",
-        "C-FIND: 0000, FF00, FF01 pending, FE00 cancelled, A700 too many matches or too much time, A900 and C000 for an Identifier that "
+        f"C-FIND: 0000, FF00, FF01 pending, FE00 cancelled, A700 beyond {settings.dimse.find_rows} matches or {settings.dimse.find_s:g} s, "
+        "A900 and C000 for an Identifier that "
         "cannot be answered, 0122.",
-        "C-MOVE and C-GET: 0000, FF00, B000 some sub-operations failed, FE00, A701 too many instances, A702 none could be done, A801 Move "
-        "Destination unknown, A900, C000, 0122. Move Destinations are peers with address and port.",
+        "C-MOVE and C-GET: 0000, FF00, B000 some sub-operations failed, FE00, A701 more than "
+        f"{settings.dimse.retrieve_instances} instances, A702 none could be done, A801 Move Destination unknown, A900, C000, 0122. Move "
+        "Destinations are peers with address and port.",
         "Instances go out as they are stored; where the receiver lacks that transfer syntax, in Explicit or Implicit VR Little "
         "Endian, if the "
         "pixel data can be decoded.",
     )
 
 
-def _commitment(document: Document) -> None:
+def _commitment(document: Document, settings: Settings) -> None:
     document.heading(3, "Storage commitment")
     document.bullets(
-        "As provider: an N-ACTION request is durable before it is answered. An instance is committed when it was read again from "
-        "the store and "
-        "its digest is that of the index; the failure reasons are 0110, 0112 no such instance, 0119 class-instance conflict, 0131 "
-        "duplicate "
-        "transaction UID, 0213.",
+        "As provider: an N-ACTION request is durable before it is answered. An instance is committed when it was read again from the store "
+        "and its digest is that of the index; the failure reasons are 0110, 0112 no such instance, 0119 class-instance conflict, 0131 "
+        "duplicate transaction UID, 0213 resource limitation.",
+        f"At most {settings.dimse.commitment_references} references in a request. An instance that is not in the store yet is waited for, "
+        f"at most {settings.dimse.commitment_wait_s:g} s.",
         "The N-EVENT-REPORT comes on the association of the request while that is open and idle; else on one of ours, with role selection.",
-        "As user: of peers with `commit = true` reports are committed; what is not committed in time is sent again.",
+        "As user: of peers with `commit = true` reports are committed; what is not committed within "
+        f"{settings.delivery.commitment_answer_s:g} s is sent again.",
     )
 
 
@@ -348,14 +358,34 @@ def _character_sets(document: Document) -> None:
     )
 
 
+def _identity(settings: Settings) -> str:
+    if settings.identities.mode == "ignore":
+        return "not looked at in this configuration."
+    who = "must" if settings.identities.mode == "required" else "may"
+    return (
+        f"callers {who} identify themselves, by user name, user name and passcode, or JSON Web Token; what cannot be verified is rejected, "
+        "A-ASSOCIATE-RJ (1, 1, 1), and (2, 1, 1) when it is tried too often."
+    )
+
+
+def _secured(settings: Settings) -> str:
+    tls = settings.tls
+    if not tls.enabled:
+        return "In this configuration the DIMSE door speaks no TLS (`tls.enabled = false`); peers with `tls = true` are called by TLS."
+    client = {"required": "must show a certificate", "optional": "may show a certificate", "none": "are asked for no certificate"}[
+        tls.client
+    ]
+    lists = "revocation lists are looked at" if tls.revocations is not None else "revocation lists are not looked at"
+    return f"In this configuration the DIMSE door speaks TLS and nothing else; callers {asked[tls.client]}; {lists}."
+
+
 def _security(document: Document, settings: Settings) -> None:
     document.heading(1, "Security")
     document.bullets(
         "Secure transport: TLS after the BCP 195 profile (PS3.15 Annex B): TLS 1.3, and TLS 1.2 with ECDHE and AEAD suites alone; "
-        "certificates of both sides, revocation lists, certificates changed while the node runs. Without TLS configured the "
-        "connection is plain.",
-        "Association level: calling AE title together with address or network, called AE title, and with TLS the peer's certificate. User "
-        "identity negotiation (PS3.7 D.3.3.7): user name and passcode, JSON Web Token; where configured.",
+        "certificates are changed while the node runs. " + _secured(settings),
+        "Association level: calling AE title together with address or network, called AE title, and with TLS the peer's certificate.",
+        f"User identity negotiation (PS3.7 D.3.3.7): {_identity(settings)}",
         "At rest: every object is encrypted (AES-256-GCM, a key for each study); the embedded database is encrypted.",
         "Audit trail: who stored, searched, retrieved, changed and erased what; hash-chained. It is not sent by syslog (PS3.15 Annex A.5).",
         "De-identification: none. Digital signatures: kept, not verified.",

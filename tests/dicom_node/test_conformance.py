@@ -88,6 +88,12 @@ def test_it_follows_the_configuration() -> None:
     assert "aborted after 7 s" in text
     assert "private and unknown ones too" in text
     assert "Switched off in this configuration (`dicomweb.enabled = false`)" in text
+    assert "speaks no TLS" in text
+    assert "not looked at in this configuration" in text
+    secured = {"enabled": True, "certificate": "a.pem", "key": "a.pem", "authorities": "a.pem"}
+    text = statement(Settings.model_validate({"tls": secured, "identities": {"mode": "required"}})).markdown()
+    assert "callers must show a certificate; revocation lists are not looked at" in text
+    assert "callers must identify themselves" in text
     without = statement(Settings.model_validate({"dimse": {"enabled": False}})).markdown()
     assert "as SCP it offers nothing" in without
     assert "MODEL - FIND" not in without.upper()
