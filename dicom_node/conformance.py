@@ -372,9 +372,7 @@ def _secured(settings: Settings) -> str:
     tls = settings.tls
     if not tls.enabled:
         return "In this configuration the DIMSE door speaks no TLS (`tls.enabled = false`); peers with `tls = true` are called by TLS."
-    client = {"required": "must show a certificate", "optional": "may show a certificate", "none": "are asked for no certificate"}[
-        tls.client
-    ]
+    asked = {"required": "must show a certificate", "optional": "may show a certificate", "none": "are asked for no certificate"}
     lists = "revocation lists are looked at" if tls.revocations is not None else "revocation lists are not looked at"
     return f"In this configuration the DIMSE door speaks TLS and nothing else; callers {asked[tls.client]}; {lists}."
 
