@@ -130,7 +130,7 @@ class TooManyTransactions(StorageError):
 class Patience:
     """How long is waited, in seconds unless said otherwise."""
 
-    lease_s: float = 120.0
+    lease_s: float = 60.0
     """A claim; renewed while instances are read."""
     wait_s: float = 3600.0
     """For an instance asked of us that is not in the store yet, or cannot be read now; then it is not committed."""
@@ -215,8 +215,12 @@ class Commitments(_Timers):
         See `Patience`.
     """
 
-    def accept(self, peer: str, transaction_uid: str, references: Sequence[Reference]) -> Commitment | None:
+    def accept(
+        self, peer: str, transaction_uid: str, references: Sequence[Reference], *, lease_s: float | None = None
+    ) -> Commitment | None:
         """Make a request durable, and claim it for the caller. None: the same request is open already, and somebody sees to it.
+
+        `lease_s`: of this claim, where the caller knows how long it will take.
 
         Raises
         ------
@@ -232,10 +236,10 @@ class Commitments(_Timers):
             "instances": json.dumps([list(one) for one in references], separators=(",", ":")),
             "outcome": json.dumps([None] * len(references)),
         }
-        row = self._database.write(partial(self._accept_in, asked=asked))
+        row = self._database.write(partial(self._accept_in, asked=asked, lease_s=lease_s or self.patience.lease_s))
         return None if row is None else _commitment(row)
 
-    def _accept_in(self, connection: Connection, *, asked: Mapping[str, str]) -> Row[Any] | None:
+    def _accept_in(self, connection: Connection, *, asked: Mapping[str, str], lease_s: float) -> Row[Any] | None:
         peer = asked["peer"]
         digest = _digest("asked", peer, asked["transaction_uid"])
         known = connection.execute(select(COMMITMENTS).where(COMMITMENTS.c.digest == digest)).first()
@@ -246,7 +250,7 @@ class Commitments(_Timers):
         of_peer = (COMMITMENTS.c.peer == peer, COMMITMENTS.c.state.in_(_OPEN))
         if connection.execute(select(func.count()).select_from(COMMITMENTS).where(*of_peer)).scalar_one() >= self.patience.open_at_most:
             raise TooManyTransactions(f"{self.patience.open_at_most} storage commitments of this peer are open; ask again later")
-        values = {**asked, "attempts": 0, "asked_at": self._now(), "due_at": self._in(self.patience.lease_s)}
+        values = {**asked, "attempts": 0, "asked_at": self._now(), "due_at": self._in(lease_s)}
         if known is not None:
             self._move(connection, known, State.ASKED, **values)
         else:
@@ -299,10 +303,10 @@ class Commitments(_Timers):
         """
         self._database.write(lambda connection: self._move(connection, commitment, commitment.state, due_at=self._now()))
 
-    def examined(self, commitment: Commitment, outcome: Sequence[int | None]) -> Commitment | None:
+    def examined(self, commitment: Commitment, outcome: Sequence[int | None], *, lease_s: float | None = None) -> Commitment | None:
         """Note what was found. None: some is not known yet, and looked at again later; else what to report, still held.
 
-        What is not known when the patience with it ends is not committed (Resource limitation, 0213).
+        What is not known when the patience with it ends is not committed (Resource limitation, 0213). `lease_s` as of `accept`.
 
         Raises
         ------
@@ -318,13 +322,8 @@ class Commitments(_Timers):
                 self._move(connection, commitment, State.ASKED, outcome=json.dumps(known), attempts=attempts, due_at=due_at)
                 return None
             final = tuple(RESOURCE_LIMITATION if reason is None else reason for reason in known)
-            held = replace(
-                commitment,
-                outcome=final,
-                state=State.EXAMINED,
-                attempts=0,
-                due_at=max(self._in(self.patience.lease_s), commitment.due_at + 1),
-            )
+            due_at = max(self._in(lease_s or self.patience.lease_s), commitment.due_at + 1)
+            held = replace(commitment, outcome=final, state=State.EXAMINED, attempts=0, due_at=due_at)
             self._move(connection, commitment, State.EXAMINED, outcome=json.dumps(final), attempts=0, due_at=held.due_at)
             detail = {"committed": len(final) - held.failed, "failed": held.failed}
             outcome_ = "success" if not held.failed else f"{held.failed} of {len(final)} instances are not committed"

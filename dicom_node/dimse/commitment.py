@@ -123,6 +123,7 @@ class CommitmentSCP:
         self._pause_s = pause_s
         self._grace_s = grace_s
         self._answer_s = answer_s
+        self._lease_s = max(grace_s, pause_s) + answer_s + 5.0
         self._diary = diary or NoDiary()
         self._observe = observe
 
@@ -195,7 +196,7 @@ class CommitmentSCP:
         references = tuple(dict.fromkeys(information.referenced))
         if not references:
             raise _Refusal(INVALID_ARGUMENT_VALUE, "the Referenced SOP Sequence (0008,1199) is missing or empty")
-        return self._commitments.accept(peer, information.transaction_uid, references)
+        return self._commitments.accept(peer, information.transaction_uid, references, lease_s=self._lease_s)
 
     def _read(self, context: PresentationContext, encoded: BytesIO | None) -> CommitmentInformation:
         return _read(encoded, implicit=_implicit(context), limit=self._references)
@@ -211,7 +212,7 @@ class CommitmentSCP:
         examined: Commitment | None = commitment
         try:
             outcome = list(self._check.examine(commitment.references, commitment.outcome, pace=pace))
-            examined = self._commitments.examined(commitment, outcome)
+            examined = self._commitments.examined(commitment, outcome, lease_s=self._lease_s)
             if examined is None:
                 return
             while time.monotonic() < answered + self._pause_s:

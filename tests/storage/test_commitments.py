@@ -129,11 +129,11 @@ def test_lease(house: House, clock: Clock) -> None:
     assert first is not None
     assert commitments.claim("pacs") is None
     assert commitments.lanes() == []
-    clock.pass_(100)
+    clock.pass_(50)
     first = commitments.renew(first)
-    clock.pass_(100)
+    clock.pass_(50)
     assert commitments.claim("pacs") is None
-    clock.pass_(30)
+    clock.pass_(15)
     assert commitments.lanes() == ["pacs"]
     second = commitments.claim("pacs")
     assert second is not None
@@ -376,7 +376,7 @@ def test_unasked(house: House, clock: Clock) -> None:
     clock.pass_(2)
     second = office.ask("pacs")
     assert second is not None
-    clock.pass_(121)
+    clock.pass_(61)
     third = office.ask("pacs")
     assert third is not None
     assert len({first.transaction_uid, second.transaction_uid, third.transaction_uid}) == 3
