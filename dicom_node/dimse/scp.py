@@ -36,6 +36,7 @@ from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Turnstile, UpperL
 from dicom_node.dimse.refusing import Words
 from dicom_node.dimse.services import Negotiating
 from dicom_node.dimse.slots import Held, Slots
+from dicom_node.dimse.transcode import in_order_of_use
 from dicom_node.dimse.vestibule import Connection, Turned, Vestibule
 from dicom_node.identity import Identities, IdentityRefused, Principal
 from dicom_node.peers import Peer, Peers, normal_address
@@ -299,10 +300,16 @@ class StorageSCP:
             return Rejection(2 if refused.retry_after_s else 1, 1, 1, refused.reason, refused.remedy)
         return None
 
-    def supported(self, proposed: list[PresentationContext], peer: Peer | None) -> list[PresentationContext]:
+    def supported(self, proposed: list[PresentationContext], peer: Peer | None, receives: Container[str] = ()) -> list[PresentationContext]:
         """Return what to support of the proposed contexts: each storage class, with every syntax that can be stored, retired ones too.
 
         In the proposer's order: the library takes the acceptor's first syntax that was proposed, thus the proposer's own first choice.
+        Where the peer offers to receive (C-GET), a plain syntax comes first, in which each instance can be had.
+
+        Parameters
+        ----------
+        receives
+            SOP classes that the peer proposes to be the SCP of.
         """
         wanted: dict[str, list[str]] = {}
         served = {syntax: service for syntax, service in self._services.items() if service.permitted(peer)}
@@ -315,7 +322,8 @@ class StorageSCP:
                 known = TRANSFER_SYNTAXES
             else:
                 continue
-            wanted.setdefault(abstract_syntax, []).extend(syntax for syntax in context.transfer_syntax if syntax in known)
+            syntaxes = [str(syntax) for syntax in context.transfer_syntax if syntax in known]
+            wanted.setdefault(abstract_syntax, []).extend(in_order_of_use(syntaxes) if abstract_syntax in receives else syntaxes)
         supported = [build_context(abstract, list(dict.fromkeys(syntaxes))) for abstract, syntaxes in wanted.items() if syntaxes]
         for context in supported:
             if getattr(served.get(str(context.abstract_syntax)), "takes_reports", False):  # the peer may be the SCP: storage commitment
@@ -433,10 +441,13 @@ class AdmittingACSE(ACSE):
         user = {"user": self.assoc.principal.name} if self.assoc.principal is not None else {}
         log.info("association.accepted", peer=name, address=self.assoc.address, secured=self.assoc.secured, **user, **titles)
         self.assoc.door.observe("association.accepted", peer=name)
-        self.acceptor.supported_contexts = self.assoc.door.supported(request.presentation_context_definition_list, self.assoc.peer)
+        self.acceptor.supported_contexts = self.assoc.door.supported(
+            request.presentation_context_definition_list,
+            self.assoc.peer,
+            receives={str(uid) for uid, item in self.requestor.role_selection.items() if item.scp_role},
+        )
         super()._negotiate_as_acceptor()
         self.assoc.door.note_contexts(self.assoc)
-
 
     def _check_user_identity(self) -> tuple[bool, UserIdentityNegotiation | None]:
         """Say to who asked for it that his identity was verified, at admission (PS3.7 D.3.3.7.2); the library does so for tokens alone."""

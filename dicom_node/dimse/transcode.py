@@ -12,7 +12,7 @@ DICOM PS3.5 Section 7.1, 8.2, Annex A.1, A.2 and A.4; PS3.3 C.7.6.3.1 (Image Pix
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -81,6 +81,17 @@ def alternatives(transfer_syntax_uid: str) -> tuple[str, ...]:
     if transfer_syntax_uid in _PLAIN_SOURCES or transfer_syntax_uid in _DECODABLE:
         return tuple(syntax for syntax in PLAIN if syntax != transfer_syntax_uid)
     return ()
+
+
+def in_order_of_use(syntaxes: Sequence[str]) -> list[str]:
+    """Order what is proposed for a context that instances go out in, of which one syntax is accepted: a plain one first.
+
+    Everything can be had in that. A compressed one, accepted, would leave out whatever is stored in another; who wants instances as
+    they are stored proposes their syntax in a context of its own. What cannot be decoded, a video's syntax, keeps its place.
+    """
+    if not syntaxes or not alternatives(syntaxes[0]):
+        return list(syntaxes)
+    return [*(syntax for syntax in PLAIN if syntax in syntaxes), *(syntax for syntax in syntaxes if syntax not in PLAIN)]
 
 
 def transcoded(stored: StoredInstance, transfer_syntax_uid: str) -> Iterator[bytes]:

@@ -33,6 +33,7 @@ from pynetdicom.association import Association
 from pynetdicom.dsutils import decode, encode
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 
+from dicom_node.dimse import transcode
 from dicom_node.dimse.decoder import Decoder
 from dicom_node.dimse.receive import ReceiveLimits
 from dicom_node.dimse.retrieve import RetrieveSCP
@@ -447,6 +448,22 @@ def test_the_stored_syntax_is_kept_where_it_is_taken(rooms: Rooms) -> None:
     with door_of(rooms) as door, asking(door, storage=storage, received=received) as association:
         assert get(association, of_study([picture]))[0].Status == SUCCESS
     assert received.instances == [(picture.SOPInstanceUID, RLELossless, data)]
+
+
+def test_a_context_with_a_choice_takes_the_plain_syntax(rooms: Rooms) -> None:
+    """Of several syntaxes in one context that one is accepted in which everything can be had, a compressed one first or not."""
+    picture, pixels = compressed(RLELossless)
+    plain = draw()
+    plain.StudyInstanceUID = picture.StudyInstanceUID
+    archive(rooms, picture, RLELossless)
+    archive(rooms, plain)
+    received = Received()
+    storage = ((SECONDARY_CAPTURE, (JPEGBaseline8Bit, RLELossless, ImplicitVRLittleEndian)),)
+    with door_of(rooms) as door, asking(door, storage=storage, received=received) as association:
+        assert get(association, of_study([picture]))[0].Status == SUCCESS
+    assert {syntax for _, syntax, _ in received.instances} == {ImplicitVRLittleEndian}
+    assert pixels.tobytes() in {received.data_set(number).PixelData for number in range(2)}
+    assert transcode.in_order_of_use([MPEG2MPML, ExplicitVRLittleEndian]) == [MPEG2MPML, ExplicitVRLittleEndian]
 
 
 def test_what_cannot_be_decoded_is_counted_as_failed(rooms: Rooms) -> None:
