@@ -136,6 +136,8 @@ class StorageSCP:
         Counts associations together with other processes that listen on the same port; None: this one listens alone.
     tls
         Gives the TLS context of the next connection; None: no TLS.
+    certificate_ended
+        Says why a certificate that was accepted would be no longer; empty: it is still good. Asked for open associations.
     identities
         Verifies who identifies by User Identity Negotiation (PS3.7 D.3.3.7); None: that is not looked at.
     identity_required
@@ -164,12 +166,14 @@ class StorageSCP:
         services: Sequence[Service] = (),
         slots: Slots | None = None,
         tls: Callable[[], ssl.SSLContext] | None = None,
+        certificate_ended: Callable[[PeerCertificate], str] | None = None,
         identities: Identities | None = None,
         identity_required: bool = False,
         refusals: Diary | None = None,
         observe: Callable[..., None] = unobserved,
     ) -> None:
         quiet()
+        self._certificate_ended = certificate_ended
         self._identities = identities
         self._identity_required = identity_required
         self._services = {abstract_syntax: service for service in services for abstract_syntax in service.abstract_syntaxes}
@@ -198,6 +202,7 @@ class StorageSCP:
         self._open: set[AcceptedAssociation] = set()
         self._admitted: dict[AcceptedAssociation, Held] = {}
         self._draining = False
+        self._stopping = threading.Event()
         self._vestibule: Vestibule | None = None
         self._said: dict[tuple[str, str], tuple[float, int]] = {}
 
@@ -231,12 +236,15 @@ class StorageSCP:
             turned=self._turned,
         )
         self._vestibule.start()
+        if self._certificate_ended is not None or self._identities is not None:
+            threading.Thread(target=self._watch, name="dimse-watch", daemon=True).start()
         return host, port
 
     def stop(self, drain_s: float = 10.0) -> None:
         """Accept no more, let the open associations end for `drain_s` seconds, abort the rest."""
         with self._lock:
             self._draining = True
+        self._stopping.set()
         if self._vestibule is not None:
             self._vestibule.stop()
         if not self._wait_closed(drain_s):
@@ -344,8 +352,14 @@ class StorageSCP:
             rejected,
             origin=association.origin(),
             takes=lambda uid: uid == VERIFICATION or uid in self._services or is_storage(uid, unknown=self._unknown_sop_classes),
-            permits=lambda uid: uid not in self._services or self._services[uid].permitted(association.peer),
+            permits=lambda uid: self._permits(uid, association.peer),
         )
+
+    def _permits(self, abstract_syntax: str, peer: Peer | None) -> bool:
+        """Whether a caller may use a SOP class that is served."""
+        if abstract_syntax in self._services:
+            return self._services[abstract_syntax].permitted(peer)
+        return abstract_syntax == VERIFICATION or peer is None or peer.accept
 
     def service_of(self, context: PresentationContext) -> Service | None:
         """Return what answers requests in a context; None: pynetdicom does."""
@@ -384,6 +398,25 @@ class StorageSCP:
             self._idle.notify_all()
         if held is not None:
             self.observe("association.ended", peer=association.peer.name if association.peer is not None else "")
+
+    def _watch(self) -> None:
+        """Abort associations whose certificate or token ended or was revoked since (threat 81)."""
+        while not self._stopping.wait(self.limits.credentials_s):
+            with self._lock:
+                admitted = list(self._admitted)
+            for association in admitted:
+                if reason := self._no_longer(association):
+                    log.warning("association.ended_by_credentials", reason=reason, address=association.address)
+                    self.observe("association.expired", reason=reason)
+                    association.abort(block=False)
+
+    def _no_longer(self, association: AcceptedAssociation) -> str:
+        certificate, principal = association.certificate, association.principal
+        if certificate is not None and self._certificate_ended is not None and (reason := self._certificate_ended(certificate)):
+            return reason
+        if principal is not None and principal.expires_at is not None and principal.expires_at <= datetime.now(UTC):
+            return "the token ended"
+        return ""
 
     def _wait_closed(self, timeout_s: float) -> bool:
         with self._idle:
@@ -480,6 +513,7 @@ class AcceptedAssociation(Association):
         """Who identified; None: nobody did, or it was not looked at."""
         self.address = normal_address(str(address[0]))
         self._connection = connection
+        self._certificate = connection.certificate if isinstance(connection, TlsConnection) else None
         self.acse = AdmittingACSE(self)
         self.dul = UpperLayer(
             self,
@@ -512,7 +546,7 @@ class AcceptedAssociation(Association):
     @property
     def certificate(self) -> PeerCertificate | None:
         """The verified certificate that the peer showed; None: it showed none."""
-        return self._connection.certificate if isinstance(self._connection, TlsConnection) else None
+        return self._certificate
 
     @property
     def proposal(self) -> A_ASSOCIATE:

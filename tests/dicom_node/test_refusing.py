@@ -28,7 +28,11 @@ from storage.refusals import Refusal, Refusals
 from tests.dicom_node.door import SECONDARY_CAPTURE, Door, Rooms, draw, open_door, open_rooms
 from tests.dicom_node.scripted_peer import ScriptedPeer
 
-PEERS = [Peer("known", "KNOWN", "127.0.0.1"), Peer("moved", "MOVED", "10.9.9.9"), Peer("target", "TARGET", "127.0.0.1", 104, accept=False)]
+PEERS = [
+    Peer("known", "KNOWN", "127.0.0.1"),
+    Peer("moved", "MOVED", "10.9.9.9"),
+    Peer("target", "TARGET", "127.0.0.1", 104, accept=False, retrieve=False),
+]
 
 
 @pytest.fixture
@@ -115,6 +119,16 @@ def test_rejected_contexts(rooms: Rooms, abstract: str, transfer: str, reason: s
     assert (row.kind, row.calling_ae_title) == ("context", "ANY")
     assert row.reason.startswith(reason)
     assert row.remedy
+
+
+def test_contexts_that_a_peer_may_not_use(rooms: Rooms) -> None:
+    """A peer that may only query is refused storage, by what it may not and not by what it offered."""
+    with noted(rooms, peers=Peers([Peer("viewer", "VIEWER", "127.0.0.1", accept=False)])) as (door, diary):
+        associate(door, "VIEWER", "DERM_NODE", (SecondaryCaptureImageStorage, ExplicitVRLittleEndian))
+        row = only(diary)
+    assert (row.kind, row.peer) == ("context", "viewer")
+    assert row.reason == "Secondary Capture Image Storage: peer viewer may not use it"
+    assert "accept = true" in row.remedy
 
 
 def test_refused_instances(rooms: Rooms) -> None:
