@@ -113,6 +113,7 @@ def send(
     ] = None,
     called_ae_title: Annotated[str | None, typer.Option("--called", help="AE title of the receiver.", show_default=False)] = None,
     calling_ae_title: Annotated[str, typer.Option("--calling", help="Our AE title.")] = "DICOM_NODE_SEND",
+    tls: Annotated[bool, typer.Option("--tls", help="Call --to by TLS, as the [tls] section says.")] = False,
     save_only: Annotated[bool, typer.Option("--save-only", help="Write what would be sent to .dcm files and send nothing.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for --save-only.")] = Path(),
     modality: Annotated[str, typer.Option(help="Of wrapped pictures: photo or dermoscopic.")] = "photo",
@@ -149,7 +150,7 @@ def send(
                 for path in sending.save(items, output):
                     typer.echo(str(path))
                 return
-            target = sending.target(settings, to=to, called_ae_title=called_ae_title, calling_ae_title=calling_ae_title)
+            target = sending.target(settings, to=to, called_ae_title=called_ae_title, calling_ae_title=calling_ae_title, tls=tls)
             with progress_bar(f"sending to {target.label}") as progress:
                 answers = sending.send(items, target, progress=progress)
         except sending.SendError as error:

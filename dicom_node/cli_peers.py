@@ -252,7 +252,7 @@ def peers_echo(
             peers = _peers(settings, parts)
             callable_ones = [peer for peer in peers.current.values() if peer.callable and peer.port]
             wanted = callable_ones if name is None else [peers.named(name)]
-        scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=10.0)
+        scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=10.0, tls=storehouse.client_tls(settings))
         failed = 0
         for peer in wanted:
             try:

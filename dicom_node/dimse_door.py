@@ -19,8 +19,10 @@ from dicom_node.dimse.retrieve import RetrieveSCP
 from dicom_node.dimse.scp import StorageSCP, is_storage
 from dicom_node.dimse.scu import StorageSCU
 from dicom_node.dimse.slots import Slots
+from dicom_node.errors import StartError
 from dicom_node.identity import Identities, User
-from dicom_node.security import ClientTls, ServerTls
+from dicom_node.security import ServerTls
+from dicom_node.storehouse import client_tls
 from dicom_node.tokens import TokenKey, Tokens
 from storage.commitment_check import CommitmentCheck
 from storage.commitments import Commitments, Patience, Proofs
@@ -37,18 +39,13 @@ log = structlog.get_logger()
 _WATCH_S = 3600.0
 
 
-def client_tls(settings: Settings) -> ClientTls | None:
-    """Make the TLS of our calls; None when the configuration names nobody who may vouch for peers."""
-    if settings.tls.authorities is None:
-        return None
-    return ClientTls(settings.tls.authorities, settings.tls.certificate, settings.tls.key)
-
-
 def server_tls(settings: Settings) -> ServerTls | None:
     """Make the TLS of the door; None without."""
     tls = settings.tls
-    if not tls.enabled or tls.certificate is None or tls.key is None:
+    if not tls.enabled:
         return None
+    if tls.certificate is None or tls.key is None:
+        raise StartError("tls.certificate: TLS needs a certificate and its key; name both files")
     return ServerTls(tls.certificate, tls.key, authorities=tls.authorities, client=tls.client, revocations=tls.revocations)
 
 
@@ -153,6 +150,7 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
             services=services,
             slots=Slots(total=section.maximum_associations, path=path) if section.processes > 1 else None,
             tls=tls.context if tls is not None else None,
+            certificate_ended=tls.ended if tls is not None else None,
             identities=identities(settings),
             identity_required=settings.identities.mode == "required",
             refusals=refusals,
@@ -161,7 +159,7 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
 
 
 def watch_certificates(settings: Settings, stop: threading.Event, gauge: Callable[[str, float], None]) -> None:
-    """Say in time that a certificate ends, until `stop` is set; returns at once without TLS."""
+    """Say in time that a certificate of ours ends, until `stop` is set; returns at once without TLS."""
     both = [(name, tls) for name, tls in (("door", server_tls(settings)), ("calls", client_tls(settings))) if tls is not None]
     while both:
         for name, tls in both:

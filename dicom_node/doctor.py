@@ -110,7 +110,7 @@ class Doctor:
 
         subject = "own door, DIMSE"
         section = self._settings.dimse
-        door = Peer("(this node)", section.ae_title, _reachable(section.host), section.port)
+        door = Peer("(this node)", section.ae_title, _reachable(section.host), section.port, tls=self._settings.tls.enabled)
         pairs = [(SOP_CLASS_UID, syntax) for syntax in TRANSFER_SYNTAXES]
         probe = self._probe(CALLING_AE_TITLE)
         self._progress(f"{subject}: association")
@@ -401,8 +401,10 @@ def _show(check: Check, *, as_json: bool) -> None:
 
 def _probe_of(settings: Settings) -> Callable[[str], Probe]:
     from dicom_node.dimse.probe import Probe  # noqa: PLC0415 - pynetdicom
+    from dicom_node.storehouse import client_tls  # noqa: PLC0415
 
-    return lambda ae_title: Probe(ae_title=ae_title, connect_s=_CONNECT_S, answer_s=min(settings.delivery.timeout_s, _ANSWER_S))
+    tls, answer_s = client_tls(settings), min(settings.delivery.timeout_s, _ANSWER_S)
+    return lambda ae_title: Probe(ae_title=ae_title, connect_s=_CONNECT_S, answer_s=answer_s, tls=tls)
 
 
 def _archive(settings: Settings) -> tuple[dict[str, Peer], list[Pair], list[Check]]:

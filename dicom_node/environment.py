@@ -174,9 +174,9 @@ def _models(settings: Settings) -> Iterator[Finding]:
 def _peers(settings: Settings) -> Iterator[Finding]:
     from dicom_node.dimse.scu import StorageSCU
     from dicom_node.errors import DeliveryError
-    from dicom_node.storehouse import peers_of
+    from dicom_node.storehouse import client_tls, peers_of
 
-    scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=5.0)
+    scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=5.0, tls=client_tls(settings))
     for peer in peers_of(settings):
         if not peer.callable or not peer.port:
             yield Finding(f"peer {peer.name}", passed=True, text=f"{peer.ae_title} may call; it is never called: it has no host and port")

@@ -29,7 +29,17 @@ from dicom_node.health import served
 from dicom_node.observability import Metrics, configure_logging, forget_process, prepare_metrics
 from dicom_node.peers import Peers
 from dicom_node.routes import Route, Routing
-from dicom_node.storehouse import Storehouse, database_file, folder, foreign_ring, object_store, open_database, storage, wrapping_key
+from dicom_node.storehouse import (
+    Storehouse,
+    client_tls,
+    database_file,
+    folder,
+    foreign_ring,
+    object_store,
+    open_database,
+    storage,
+    wrapping_key,
+)
 from dicom_node.supervisor import Supervisor, end_in_time, give_signs_of_life, stop_on_signals, stop_with_parent
 from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
@@ -419,7 +429,7 @@ def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threa
 def _courier(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
     from dicom_node.courier import Courier
     from dicom_node.dimse.scu import StorageSCU
-    from dicom_node.dimse_door import client_tls, commitment_clerk
+    from dicom_node.dimse_door import commitment_clerk
 
     def observe(event: str, **labels: Any) -> None:
         metrics.delivery(peer=labels["peer"], outcome=event.removeprefix("delivery."))

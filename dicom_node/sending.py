@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from dicom_node.config import Settings
 from dicom_node.photograph import BODY_SITES, LATERALITIES, PhotographOptions, UnreadablePicture, wrap_picture, wrap_pixels
+from dicom_node.security import ClientTls
+from dicom_node.storehouse import client_tls
 from storage.errors import StorageError
 from storage.part10 import Part10Parser
 from storage.records import Limits, Summary
@@ -77,6 +79,8 @@ class Target:
     called_ae_title: str = ""
     calling_ae_title: str = ""
     timeout_s: float = 60.0
+    tls: ClientTls | None = None
+    """Call by TLS, believing these."""
 
 
 def _read(content: Path | bytes, size: int = CHUNK) -> Iterator[bytes]:
@@ -181,8 +185,8 @@ def save(items: Sequence[Outgoing], folder: Path) -> list[Path]:
     return paths
 
 
-def target(settings: Settings, *, to: str | None, called_ae_title: str | None, calling_ae_title: str) -> Target:
-    """Where to send, from ``--to`` or from the configuration.
+def target(settings: Settings, *, to: str | None, called_ae_title: str | None, calling_ae_title: str, tls: bool = False) -> Target:
+    """Where to send, from ``--to`` or from the configuration, which also says whether the node itself is called by TLS.
 
     Raises
     ------
@@ -190,7 +194,7 @@ def target(settings: Settings, *, to: str | None, called_ae_title: str | None, c
         ``--to`` is neither host:port nor a URL.
     """
     if to is None:
-        to = f"{settings.dimse.host}:{settings.dimse.port}"
+        to, tls = f"{settings.dimse.host}:{settings.dimse.port}", settings.tls.enabled
     if to.startswith(("http://", "https://")):
         if not urlsplit(to).hostname:
             raise SendError(f"--to {to}: the URL names no host")
@@ -198,9 +202,16 @@ def target(settings: Settings, *, to: str | None, called_ae_title: str | None, c
     host, _, port = to.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise SendError(f"--to {to}: use host:port, or an http(s) URL ending before /studies")
+    if tls and settings.tls.authorities is None:
+        raise SendError("TLS needs to know whom to believe; name the receiver's authority in tls.authorities")
     called = called_ae_title or settings.dimse.ae_title
     return Target(
-        label=f"{called} at {to}", host=host.strip("[]"), port=int(port), called_ae_title=called, calling_ae_title=calling_ae_title
+        label=f"{called} at {to}",
+        host=host.strip("[]"),
+        port=int(port),
+        called_ae_title=called,
+        calling_ae_title=calling_ae_title,
+        tls=client_tls(settings) if tls else None,
     )
 
 
@@ -233,8 +244,8 @@ def _store(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[An
     from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
     from dicom_node.peers import Peer
 
-    scu = StorageSCU(ae_title=to.calling_ae_title, answer_s=to.timeout_s)
-    peer = Peer(name=to.label, ae_title=to.called_ae_title, host=to.host, port=to.port)
+    scu = StorageSCU(ae_title=to.calling_ae_title, answer_s=to.timeout_s, tls=to.tls)
+    peer = Peer(name=to.label, ae_title=to.called_ae_title, host=to.host, port=to.port, tls=to.tls is not None)
     answers: list[Answer] = []
     try:
         for item, outcome in zip(items, (outcome for _, outcome in scu.store(peer, items)), strict=False):

@@ -16,6 +16,7 @@ from sqlalchemy import make_url
 
 from dicom_node.config import peer_of
 from dicom_node.peers import Peer, Peers
+from dicom_node.security import ClientTls
 from inference.pipeline import analysable
 from storage.archive import ENDED_BADLY, Acknowledge, Archive
 from storage.audit import AuditTrail
@@ -150,6 +151,13 @@ def foreign_ring(settings: Settings, study_keys: StudyKeys, ring: Ring) -> str:
 def peers_of(settings: Settings) -> list[Peer]:
     """Return the peers of the configuration."""
     return [peer_of(section) for section in settings.peers]
+
+
+def client_tls(settings: Settings) -> ClientTls | None:
+    """Make the TLS of our calls; None when the configuration names nobody who may vouch for peers."""
+    if settings.tls.authorities is None:
+        return None
+    return ClientTls(settings.tls.authorities, settings.tls.certificate, settings.tls.key)
 
 
 def acknowledging(settings: Settings, peers: Peers) -> Callable[[Origin], Acknowledge]:

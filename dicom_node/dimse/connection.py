@@ -36,6 +36,7 @@ class TlsConnection:
         self._connection = connection
         self._send_s = send_s
         self._lock = threading.Lock()
+        self._sending = threading.Lock()  # OpenSSL takes the next buffer for the rest of one that waits for room
 
     def recv_into(self, view: memoryview) -> int:
         """Read what is there into `view`, as much as fits. Returns the number of bytes, 0 at the end.
@@ -74,15 +75,16 @@ class TlsConnection:
             The connection broke; TimeoutError, the peer does not read.
         """
         view, sent, deadline = memoryview(data), 0, time.monotonic() + self._send_s
-        while sent < len(view):
-            try:
-                with self._lock:
-                    sent += self._connection.send(view[sent:])
-                deadline = time.monotonic() + self._send_s
-            except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT, deadline)
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN, deadline)
+        with self._sending:
+            while sent < len(view):
+                try:
+                    with self._lock:
+                        sent += self._connection.send(view[sent:])
+                    deadline = time.monotonic() + self._send_s
+                except ssl.SSLWantWriteError:
+                    self._wait(select.POLLOUT, deadline)
+                except ssl.SSLWantReadError:
+                    self._wait(select.POLLIN, deadline)
         return sent
 
     sendall = send

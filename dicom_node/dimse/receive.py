@@ -64,6 +64,8 @@ class ReceiveLimits:
     """Without a whole PDU from the peer, thus also a minimum rate within one."""
     minimum_bytes_per_s: int = 1024
     """Of a message that has begun, over `idle_s` of waiting for the peer."""
+    credentials_s: float = 30.0
+    """How often it is looked whether the certificates and tokens of open associations are still good."""
     command_bytes: int = 65_536
     foreign_bytes: int = 16 * 1024**2
     """Data set (identifier) of a message other than C-STORE."""

@@ -285,7 +285,7 @@ class StorageSCU:
         if not peer.callable or not peer.port:
             raise PeerUnreachable(f"{_name(peer)} has no address; give its [[peers]] entry a host and a port")
         if peer.tls and self._tls is None:
-            raise PeerUnreachable(f"{_name(peer)} is called by TLS, and whom to believe is not configured; set authorities in [dimse] tls")
+            raise PeerUnreachable(f"{_name(peer)} is called by TLS, and whom to believe is not configured; set tls.authorities")
         try:
             found = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)
         except OSError as error:

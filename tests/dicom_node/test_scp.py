@@ -572,3 +572,30 @@ def test_certificates_of_peers(rooms: Rooms, tmp_path: Path) -> None:
             assert peer.associate(STORE_CONTEXT, calling=calling) == expected
             peer.socket.close()
         door.settle()
+
+
+def test_credentials_that_end_end_associations(rooms: Rooms, tmp_path: Path) -> None:
+    """An association whose certificate is revoked, or whose token ends, while it is open is aborted; others go on (threat 81)."""
+    file = certificate(tmp_path)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(file)
+    server.load_verify_locations(file)
+    server.verify_mode = ssl.CERT_OPTIONAL
+    revoked = threading.Event()
+    limits = ReceiveLimits(credentials_s=0.1)
+    ended = lambda _: "revoked" if revoked.is_set() else ""  # noqa: E731
+    with open_door(rooms, tls=lambda: server, certificate_ended=ended, limits=limits) as door:
+        client = ssl.create_default_context(cafile=str(file))
+        anonymous = ScriptedPeer(door.port)
+        anonymous.socket = client.wrap_socket(anonymous.socket, server_hostname="127.0.0.1")
+        client.load_cert_chain(file)
+        shown = ScriptedPeer(door.port)
+        shown.socket = client.wrap_socket(shown.socket, server_hostname="127.0.0.1")
+        for peer in (anonymous, shown):
+            assert peer.associate(STORE_CONTEXT) == ASSOCIATE_AC
+        revoked.set()
+        assert shown.ends()[0] == ABORT
+        anonymous.release()
+        for peer in (anonymous, shown):
+            peer.socket.close()
+        door.settle()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from dicom_node.dimse.connection import TlsConnection
 from dicom_node.dimse.receive import ReceiveLimits
 from dicom_node.dimse.slots import Slots
 from dicom_node.dimse.vestibule import Turned, Vestibule
@@ -306,3 +307,30 @@ def test_a_peer_that_stops_within_a_record(rooms: Rooms, pair: tuple[ssl.SSLCont
         raw.sendall(outgoing.read()[:-5])
         door.events.wait_for("association.ended")
         raw.close()
+
+
+def test_two_threads_may_send_at_once(pair: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    """What two threads send through one TLS connection to a peer that reads slowly arrives whole, each piece in one piece."""
+    server, client = pair
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
+    reader: list[ssl.SSLSocket] = []
+    shaking = threading.Thread(target=lambda: reader.append(client.wrap_socket(theirs, server_hostname="127.0.0.1")))
+    shaking.start()
+    secured_end = server.wrap_socket(ours, server_side=True)
+    shaking.join()
+    secured_end.setblocking(False)
+    connection = TlsConnection(secured_end, send_s=30.0)
+    piece, count = 300_000, 10
+    senders = [threading.Thread(target=lambda byte=byte: [connection.send(byte * piece) for _ in range(count)]) for byte in (b"a", b"b")]
+    for sender in senders:
+        sender.start()
+    received = bytearray()
+    while len(received) < 2 * piece * count:
+        received += reader[0].recv(65_536)
+    for sender in senders:
+        sender.join()
+    pieces = {bytes(received[start : start + piece]) for start in range(0, len(received), piece)}
+    assert pieces == {b"a" * piece, b"b" * piece}
+    reader[0].close()
+    connection.close()
