@@ -16,8 +16,10 @@ VERSION: Final = "3.0.4"
 INTERNALS: Final = (
     # (module, attribute path, first 16 hexadecimal digits of the SHA-256 of its source): what we override or stand on
     ("pynetdicom.acse", "ACSE._check_user_identity", "a890d3db8e5bfdaf"),
+    ("pynetdicom.acse", "ACSE._check_sop_class_extended", "159f1a8191089473"),
     ("pynetdicom.acse", "ACSE._negotiate_as_acceptor", "fffd360957c42a8e"),
     ("pynetdicom.acse", "ACSE._negotiate_as_requestor", "507959152c5896c6"),
+    ("pynetdicom.acse", "ACSE.is_aborted", "ad2eb3f545a9ed05"),
     ("pynetdicom.acse", "ACSE.send_reject", "700998293bbcb6c9"),
     ("pynetdicom.ae", "ApplicationEntity._create_socket", "f56bca8888e1ce9f"),
     ("pynetdicom.ae", "ApplicationEntity.associate", "dbc8cf47090386b2"),
