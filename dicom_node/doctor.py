@@ -110,6 +110,9 @@ class Doctor:
 
         subject = "own door, DIMSE"
         section = self._settings.dimse
+        if self._settings.identities.mode == "required":
+            yield Check(subject, passed=None, text="callers have to identify themselves (identities.mode), and the doctor has no name")
+            return
         door = Peer("(this node)", section.ae_title, _reachable(section.host), section.port, tls=self._settings.tls.enabled)
         pairs = [(SOP_CLASS_UID, syntax) for syntax in TRANSFER_SYNTAXES]
         probe = self._probe(CALLING_AE_TITLE)
@@ -120,6 +123,10 @@ class Doctor:
         try:
             visit = probe.visit(door, pairs)
         except DeliveryError as error:
+            if door.tls and "its certificate is of another" in str(error):  # others call it by its name, we by an address of this machine
+                text = f"it speaks TLS, and its certificate does not bear {door.host}: look from elsewhere, by a name that it bears"
+                yield Check(subject, passed=None, text=text)
+                return
             remedy = f"`dicom-node peers add doctor --ae-title {CALLING_AE_TITLE} --host {door.host}` lets the doctor in"
             yield Check(subject, passed=False, text=f"{error}; {remedy}" if "rejected" in str(error) else str(error))
             return

@@ -30,8 +30,11 @@ from dicom_node.config import Settings, load
 from dicom_node.dimse.probe import Probe
 from dicom_node.doctor import Check, Doctor, doctor
 from dicom_node.peers import Peer
+from dicom_node.security import ClientTls, ServerTls
 from dicom_node.specimen import SOP_CLASS_UID, STUDY_INSTANCE_UID, SYNTAXES, specimen
 from storage.kinds import newest_kinds
+from tests.certificates import Authority
+from tests.dicom_node.door import open_door, open_rooms
 from tests.ports import free_port
 from tests.system.running_node import RunningNode, running_node
 
@@ -231,6 +234,31 @@ def test_the_command(node: RunningNode, monkeypatch: pytest.MonkeyPatch) -> None
     assert code == 1
     assert "nobody listens" in told
     assert "1 of 1 did not pass" in said
+
+
+@pytest.mark.parametrize(("names", "passed"), [(("localhost", "127.0.0.1"), True), (("node.example",), None)])
+def test_an_own_door_with_tls(tmp_path: Path, names: tuple[str, ...], passed: bool | None) -> None:
+    """Our own door is called by TLS when it speaks that; a certificate for others' name of it is no fault, and is said."""
+    authority = Authority(tmp_path / "pki")
+    pair = authority.issue("node", hosts=names)
+    rooms = open_rooms(tmp_path)
+    tls = ServerTls(pair.certificate, pair.key, authorities=authority.file)
+    with open_door(rooms, tls=tls.context) as door:
+        told = {"enabled": True, "certificate": pair.certificate, "key": pair.key, "authorities": authority.file}
+        settings = Settings.model_validate({"dimse": {"port": door.port}, "tls": told})
+        client = ClientTls(authority.file, pair.certificate, pair.key)
+        first, *_ = Doctor(settings, [], probe=lambda title: Probe(ae_title=title, tls=client)).own_dimse()
+    rooms.database.close()
+    assert first.passed is passed, first.text
+    assert ("does not bear 127.0.0.1" in first.text) is (passed is None)
+
+
+def test_an_own_door_that_wants_names() -> None:
+    """Where callers have to identify themselves the doctor does not try, and says so."""
+    settings = Settings.model_validate({"identities": {"mode": "required"}})
+    (check,) = Doctor(settings, [], probe=lambda title: Probe(ae_title=title)).own_dimse()
+    assert check.passed is None
+    assert "identities.mode" in check.text
 
 
 class ForgetfulWeb(BaseHTTPRequestHandler):
