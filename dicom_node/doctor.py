@@ -211,7 +211,7 @@ class Doctor:
         if not self._store:
             yield Check(subject, passed=None, text="nothing was stored there; --store sends it one test instance")
             return
-        yield self._delivered(subject, probe, peer, visit)
+        yield from self._delivered(subject, probe, peer, visit)
 
     def _accepted(self, subject: str, peer: Peer, reports: Sequence[Pair], visit: Visit) -> Iterator[Check]:
         for kind in peer.deliver:
@@ -230,11 +230,12 @@ class Doctor:
             yield Check(subject, passed=True if not refused else None, text=text)
 
     def _services(self, subject: str, peer: Peer, probe: Probe, visit: Visit) -> Iterator[Check]:
-        from dicom_node.dimse.probe import COMMITMENT, SERVICES, STUDY_ROOT_FIND  # noqa: PLC0415 - pynetdicom
+        from dicom_node.dimse.commitment import PUSH_MODEL  # noqa: PLC0415 - pynetdicom
+        from dicom_node.dimse.probe import SERVICES, STUDY_ROOT_FIND  # noqa: PLC0415
 
         offered = [words for uid, words in SERVICES.items() if uid in visit.services]
         yield Check(subject, passed=True, text=f"offers {', '.join(offered) or 'no query, retrieval or storage commitment'}")
-        if peer.commit and COMMITMENT not in visit.services:
+        if peer.commit and PUSH_MODEL not in visit.services:
             text = "does not offer storage commitment, which is asked of it (commit = true); allow it there, or set commit = false"
             yield Check(subject, passed=False, text=text)
         if STUDY_ROOT_FIND not in visit.services:
@@ -254,13 +255,26 @@ class Doctor:
             text = f"refused a query with status 0x{status:04X}; its log says why: may our AE title query?"
             yield Check(subject, passed=False, text=text)
 
-    def _delivered(self, subject: str, probe: Probe, peer: Peer, visit: Visit) -> Check:
+    def _delivered(self, subject: str, probe: Probe, peer: Peer, visit: Visit) -> Iterator[Check]:
+        from dicom_node.dimse.commitment import PUSH_MODEL  # noqa: PLC0415 - pynetdicom
         from dicom_node.specimen import specimen  # noqa: PLC0415 - encoders
 
         fitting = [pair for pair in _specimens() if pair in visit.pairs]
         if not fitting:
-            return Check(subject, passed=None, text="nothing was stored there: it takes no photographs without compression")
-        return self._stored(subject, probe, peer, specimen(fitting[0][1]), _name(fitting[0][1]))
+            yield Check(subject, passed=None, text="nothing was stored there: it takes no photographs without compression")
+            return
+        one = specimen(fitting[0][1])
+        stored = self._stored(subject, probe, peer, one, _name(fitting[0][1]))
+        yield stored
+        if not stored.passed or PUSH_MODEL not in visit.services:
+            return
+        self._progress(f"{subject}: storage commitment")
+        try:
+            status, committed = probe.commit(peer, fitting[0], one.sop_instance_uid)
+        except DeliveryError as error:
+            yield Check(subject, passed=False, text=f"storage commitment: {error}")
+            return
+        yield _commitment(subject, status, committed)
 
     def _stored(self, subject: str, probe: Probe, peer: Peer, one: Any, syntax: str) -> Check:
         from dicom_node.dimse.scu import Stored  # noqa: PLC0415 - pynetdicom
@@ -304,6 +318,18 @@ def _echo(subject: str, visit: Visit) -> Check:
         return Check(subject, passed=False, text="does not answer C-ECHO; it must (PS3.4 Annex A): let it accept Verification")
     words = "answers C-ECHO" if visit.echo == 0 else f"answers C-ECHO with status 0x{visit.echo:04X}; look at its log"
     return Check(subject, passed=visit.echo == 0, text=words)
+
+
+def _commitment(subject: str, status: int | None, committed: bool | None) -> Check:
+    if status is None:
+        return Check(subject, passed=False, text="gave no answer to a request for storage commitment; look at its log")
+    if status:
+        return Check(subject, passed=False, text=f"refused storage commitment with status 0x{status:04X}; may our AE title ask for it?")
+    if committed is None:
+        text = "takes a request for storage commitment; its report did not come at once, it may come on an association of its own"
+        return Check(subject, passed=None, text=text)
+    words = "commits the test instance" if committed else "does not commit what it has just stored; look at its log"
+    return Check(subject, passed=committed, text=words)
 
 
 def _connection_fault(peer: Peer) -> str:

@@ -7,26 +7,28 @@ DICOM PS3.8 Section 9.3.3 (A-ASSOCIATE-AC), PS3.4 Annex A (Verification), C (Que
 
 from __future__ import annotations
 
+import queue
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.presentation import PresentationContext, build_context
 
+from dicom_node.dimse.commitment import ALL_COMMITTED, PUSH_MODEL, PUSH_MODEL_INSTANCE, REQUEST_STORAGE_COMMITMENT
 from dicom_node.dimse.scu import StorageSCU
 from dicom_node.errors import PeerUnreachable
 from dicom_node.peers import Peer
 
 VERIFICATION = "1.2.840.10008.1.1"
-COMMITMENT = "1.2.840.10008.1.20.1"
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 STUDY_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
 STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"
 SERVICES: Mapping[str, str] = {
-    COMMITMENT: "storage commitment",
+    PUSH_MODEL: "storage commitment",
     STUDY_ROOT_FIND: "query (Study Root C-FIND)",
     STUDY_ROOT_MOVE: "retrieve (Study Root C-MOVE)",
     STUDY_ROOT_GET: "retrieve (Study Root C-GET)",
@@ -109,6 +111,45 @@ class Probe(StorageSCU):
                     continue
                 return int(status.Status), matches
         raise PeerUnreachable(f"peer {peer.name} gave no answer to a query; look at its log")
+
+    def commit(self, peer: Peer, pair: Pair, sop_instance_uid: str, *, wait_s: float = 5.0) -> tuple[int | None, bool | None]:
+        """Ask a peer to commit an instance (its SOP class stands in `pair`).
+
+        Returns
+        -------
+        tuple
+            Status of N-ACTION, None without an answer; and whether the instance is committed, None when no report came on this
+            association within `wait_s`: peers may send it on one of their own.
+
+        Raises
+        ------
+        PeerUnreachable
+            No association.
+        """
+        heard: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        wanted = Dataset()
+        wanted.TransactionUID = f"2.25.{secrets.randbits(120)}"
+        reference = Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = pair[0], sop_instance_uid
+        wanted.ReferencedSOPSequence = [reference]
+
+        def hear(event: evt.Event) -> tuple[int, None]:
+            told = event.event_information
+            if told.get("TransactionUID") == wanted.TransactionUID:
+                heard.put(event.event_type == ALL_COMMITTED)
+            return 0x0000, None
+
+        contexts = [build_context(PUSH_MODEL, list(PLAIN))]
+        with self._association(peer, contexts, evt_handlers=[(evt.EVT_N_EVENT_REPORT, hear)]) as association:
+            if not association.is_established:
+                return None, None
+            answer, _ = association.send_n_action(wanted, REQUEST_STORAGE_COMMITMENT, UID(PUSH_MODEL), UID(PUSH_MODEL_INSTANCE))
+            if "Status" not in answer or answer.Status != 0:
+                return int(answer.Status) if "Status" in answer else None, None
+            try:
+                return 0, heard.get(timeout=wait_s)
+            except queue.Empty:
+                return 0, None
 
 
 def _contexts(pairs: Iterable[Pair]) -> list[PresentationContext]:

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +28,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from typer.testing import CliRunner
 
 from dicom_node.config import Settings, load
+from dicom_node.dimse.commitment import PUSH_MODEL, PUSH_MODEL_INSTANCE
 from dicom_node.dimse.probe import Probe
 from dicom_node.doctor import Check, Doctor, doctor
 from dicom_node.peers import Peer
@@ -34,6 +36,7 @@ from dicom_node.security import ClientTls, ServerTls
 from dicom_node.specimen import SOP_CLASS_UID, STUDY_INSTANCE_UID, SYNTAXES, specimen
 from storage.kinds import newest_kinds
 from tests.certificates import Authority
+from tests.dicom_node.commitment_peer import CommitmentPeer, Taken, information
 from tests.dicom_node.door import open_door, open_rooms
 from tests.ports import free_port
 from tests.system.running_node import RunningNode, running_node
@@ -107,7 +110,7 @@ def test_a_good_peer() -> None:
         stored.append(str(event.dataset.PatientID))
         return 0
 
-    handlers = {evt.EVT_C_FIND: no_match, evt.EVT_C_STORE: keep}
+    handlers = {evt.EVT_C_FIND: no_match, evt.EVT_C_STORE: keep, evt.EVT_N_ACTION: lambda _: (0x0000, None)}
     with receiver(*GOOD, QUERY, StorageCommitmentPushModel, handlers=handlers) as peer:
         checks = examined(peer)
         assert not failures(checks)
@@ -147,6 +150,42 @@ def test_a_peer_that_refuses() -> None:
         assert "A700" in fault
     with receiver(*GOOD[1:]) as peer:
         assert "does not answer C-ECHO" in failures(examined(peer))[0]
+
+
+@pytest.mark.parametrize(
+    ("event_type", "status", "passed", "words"),
+    [
+        (1, 0, True, "commits the test instance"),
+        (2, 0, False, "does not commit what it has just stored"),
+        (0, 0, None, "its report did not come at once"),
+        (0, 0x0110, False, "refused storage commitment with status 0x0110"),
+    ],
+)
+def test_a_peer_that_commits_or_not(event_type: int, status: int, passed: bool | None, words: str) -> None:
+    """A peer that offers storage commitment is asked to commit the test instance; what comes of it is told apart."""
+
+    def report(taken: Taken) -> None:
+        if event_type:
+            pairs = taken.references
+            told = (
+                information(taken.transaction_uid, pairs) if event_type == 1 else information(taken.transaction_uid, (), {pairs[0]: 0x0112})
+            )
+            arguments = (told, event_type, PUSH_MODEL, PUSH_MODEL_INSTANCE)
+            threading.Timer(0.2, taken.association.send_n_event_report, arguments).start()  # behind the answer to the request
+
+    with CommitmentPeer(on_action=report, action_status=status) as pacs:
+        checks = examined(Peer("pacs", "PACS", "127.0.0.1", pacs.port), store=True)
+        (taken,) = pacs.await_actions(1)
+    assert [uid for _, uid in taken.references] == pacs.stored
+    (check,) = [check for check in checks if words in check.text]
+    assert check.passed is passed
+
+
+def test_a_peer_that_should_commit_and_does_not_offer_it() -> None:
+    """A peer that our reports are to be committed by, and that offers no storage commitment, fails with the setting."""
+    with receiver(*GOOD) as peer:
+        (fault,) = failures(examined(replace(peer, commit=True)))
+    assert "set commit = false" in fault
 
 
 def test_a_peer_that_matches_wrongly() -> None:
