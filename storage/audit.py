@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import BigInteger, Column, Index, Integer, Row, Table, Text, bindparam, insert, select, update
 
 from storage.database import METADATA, from_micros, storable, to_micros
+from storage.errors import IntegrityError
+from storage.prepared import Prepared
 from storage.records import AuditEvent
 
 if TYPE_CHECKING:
@@ -51,9 +53,9 @@ GENESIS = "0" * 64
 
 _PAGE = 1000
 _HEAD = select(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash).where(AUDIT_HEAD.c.id == 1)
-_LOCK_HEAD = _HEAD.with_for_update()
-_APPEND = insert(AUDIT).inline()
-_MOVE_HEAD = update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(seq=bindparam("new_seq"), hash=bindparam("new_hash"))
+_LOCK_HEAD = Prepared(_HEAD.with_for_update())
+_APPEND = Prepared(insert(AUDIT).inline())
+_MOVE_HEAD = Prepared(update(AUDIT_HEAD).where(AUDIT_HEAD.c.id == 1).values(seq=bindparam("new_seq"), hash=bindparam("new_hash")))
 _AFTER = select(AUDIT).where(AUDIT.c.seq > bindparam("after")).order_by(AUDIT.c.seq).limit(_PAGE)
 _OF_SUBJECT = select(AUDIT).where(AUDIT.c.subject == bindparam("subject")).order_by(AUDIT.c.seq)
 
@@ -97,9 +99,14 @@ class AuditTrail:
         ------
         TypeError
             ``detail`` cannot be written as JSON.
+        IntegrityError
+            The trail has lost its head.
         """
         detail = json.dumps(dict(event.detail), sort_keys=True, separators=(",", ":"))
-        before, previous = connection.execute(_LOCK_HEAD).one()
+        head = _LOCK_HEAD.first(connection, {})
+        if head is None:
+            raise IntegrityError("the head of the audit trail is missing: restore the database from its copy")
+        before, previous = head
         values = {
             "seq": before + 1,
             "at": to_micros(self._database.clock()),
@@ -111,8 +118,8 @@ class AuditTrail:
             "detail": detail,
         }
         values["hash"] = _chain(previous, values)
-        connection.execute(_APPEND, values)
-        connection.execute(_MOVE_HEAD, {"new_seq": values["seq"], "new_hash": values["hash"]})
+        _APPEND.run(connection, values)
+        _MOVE_HEAD.run(connection, {"new_seq": values["seq"], "new_hash": values["hash"]})
         return int(values["seq"])
 
     def record(self, event: AuditEvent) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar, cast
 
 import sqlalchemy.exc
-from sqlalchemy import BigInteger, Connection, CursorResult, Engine, Integer, MetaData, event, inspect, make_url, text
+from sqlalchemy import BigInteger, Connection, Engine, Integer, MetaData, event, inspect, make_url, text
 
 from storage.errors import StorageError, Unavailable
 
@@ -539,14 +539,6 @@ class Database:
 
     def _raise_as_ours(self, error: BaseException) -> NoReturn:
         raise self._ours(error) from error
-
-
-def generated_id(result: CursorResult[Any]) -> int:
-    """Return the key that the database generated for the one row of an insert."""
-    key = result.inserted_primary_key
-    if key is None:
-        raise TypeError("not the result of an insert of one row")
-    return int(key[0])
 
 
 def _revision(connection: Connection) -> str | None:

@@ -23,9 +23,10 @@ import sqlalchemy.exc
 from sqlalchemy import Row, and_, bindparam, insert, select, update
 
 from storage import search
-from storage.database import from_micros, generated_id, to_micros
+from storage.database import from_micros, to_micros
 from storage.errors import ConflictingInstance, InstanceNotFound
 from storage.matching import normalised
+from storage.prepared import Prepared
 from storage.records import INDEXED, InstanceRecord, Level, Match, Origin, Query, ReportRecord, SealedObject, Summary
 from storage.search import members, pages, parents
 from storage.tables import COLUMN_NAMES, INSTANCE_JOIN, INSTANCES, PATIENTS, QUARANTINE, REPORTS, SERIES, STORAGE, STUDIES
@@ -49,8 +50,8 @@ _RECORD = select(
     SERIES.c.attributes.label("series_attributes"),
     *(INSTANCES.c[name] for name in STORAGE),
 ).select_from(INSTANCE_JOIN)
-_FIND = _RECORD.where(INSTANCES.c.sop_instance_uid == bindparam("uid"))
-_FIND_SERIES = (
+_FIND = Prepared(_RECORD.where(INSTANCES.c.sop_instance_uid == bindparam("uid")))
+_FIND_SERIES = Prepared(
     select(
         STUDIES.c.id.label("study_ref"),
         STUDIES.c.attributes.label("study_attributes"),
@@ -62,16 +63,17 @@ _FIND_SERIES = (
     .where(STUDIES.c.study_instance_uid == bindparam("study"))
     .with_for_update(of=STUDIES)
 )
-_FIND_PATIENT = select(PATIENTS.c.id).where(PATIENTS.c.identity == bindparam("identity_"))
-_FIND_SETS = select(STUDIES.c.modalities, STUDIES.c.sop_classes).where(STUDIES.c.id == bindparam("ref")).with_for_update()
-_SET_SETS = (
+_FIND_PATIENT = Prepared(select(PATIENTS.c.id).where(PATIENTS.c.identity == bindparam("identity_")))
+_FIND_SETS = Prepared(select(STUDIES.c.modalities, STUDIES.c.sop_classes).where(STUDIES.c.id == bindparam("ref")).with_for_update())
+_SET_SETS = Prepared(
     update(STUDIES).where(STUDIES.c.id == bindparam("ref")).values(modalities=bindparam("modalities_"), sop_classes=bindparam("classes_"))
 )
-_COUNT_IN_SERIES = update(SERIES).where(SERIES.c.id == bindparam("ref")).values(instance_count=SERIES.c.instance_count + 1)
-_ADD_PATIENT = insert(PATIENTS)
-_ADD_STUDY = insert(STUDIES)
-_ADD_SERIES = insert(SERIES)
-_ADD_INSTANCE = insert(INSTANCES).inline()
+_COUNT_IN_SERIES = Prepared(update(SERIES).where(SERIES.c.id == bindparam("ref")).values(instance_count=SERIES.c.instance_count + 1))
+_ADD_PATIENT, _ADD_STUDY, _ADD_SERIES = (
+    Prepared(insert(table).returning(table.c.id), columns=(column.name for column in table.c if column.name != "id"))
+    for table in (PATIENTS, STUDIES, SERIES)
+)
+_ADD_INSTANCE = Prepared(insert(INSTANCES).inline(), columns=(column.name for column in INSTANCES.c if column.name != "id"))
 _ADD_QUARANTINE = insert(QUARANTINE).inline()
 _ADD_REPORT = insert(REPORTS).inline()
 _FIND_QUARANTINED = select(QUARANTINE.c.id).where(
@@ -150,7 +152,7 @@ class Index:
         known = self._known.get(place)
         # One statement counts the instance and tells whether the series that is remembered still is there: it may have been erased, by
         # another process perhaps. (Keys are never given to another row.)
-        counted = known is not None and connection.execute(_COUNT_IN_SERIES, {"ref": known.series_ref}).rowcount == 1
+        counted = known is not None and _COUNT_IN_SERIES.run(connection, {"ref": known.series_ref}).rowcount == 1
         if known is not None and not counted:
             self._known.pop(place, None)
         series = known if known is not None and counted else self._series(connection, values)
@@ -164,11 +166,11 @@ class Index:
         own.update((keyword, None) for keyword in series.parents.keys() - values.keys())  # its parents have it, it has not
         row = {"series_ref": series.series_ref, **_matching_values(values, Level.INSTANCE), **_storage_values(record, own)}
         try:
-            connection.execute(_ADD_INSTANCE, row)
+            _ADD_INSTANCE.run(connection, row)
         except sqlalchemy.exc.IntegrityError as error:
             raise ConflictingInstance("an instance of this SOP Instance UID is archived already") from error
         if not counted:
-            connection.execute(_COUNT_IN_SERIES, {"ref": series.series_ref})
+            _COUNT_IN_SERIES.run(connection, {"ref": series.series_ref})
         if series is not known:
             self._database.on_commit(lambda: self._remember(place, series))
 
@@ -178,7 +180,7 @@ class Index:
         if self.find_in(connection, record.summary.sop_instance_uid) is not None:
             return "an instance of this SOP Instance UID is archived already"
         study, series = record.summary.study_instance_uid, record.summary.series_instance_uid
-        found = connection.execute(_FIND_SERIES, {"study": study, "series": series}).first()
+        found = _FIND_SERIES.first(connection, {"study": study, "series": series})
         return _OTHER_PATIENT if found is not None and _identity(json.loads(found.study_attributes)) != _identity(values) else ""
 
     def _remember(self, place: tuple[str, str], series: _KnownSeries) -> None:
@@ -189,7 +191,7 @@ class Index:
     def _series(self, connection: Connection, values: Mapping[str, tuple[str, ...]]) -> _KnownSeries:
         """Find or make the series of an instance with these attributes, and its study and patient."""
         study_uid, series_uid = values["StudyInstanceUID"][0], values["SeriesInstanceUID"][0]
-        found = connection.execute(_FIND_SERIES, {"study": study_uid, "series": series_uid}).first()
+        found = _FIND_SERIES.first(connection, {"study": study_uid, "series": series_uid})
         if found is None:
             of_study = _of_levels(values, Level.PATIENT, Level.STUDY)
             study_ref = self._add_study(connection, values, of_study)
@@ -202,30 +204,27 @@ class Index:
         if found is not None and found.series_ref is not None:
             return _KnownSeries(study_ref, found.series_ref, {**of_study, **json.loads(found.series_attributes)}, classes)
         of_series = _of_levels(values, Level.SERIES)
-        made = connection.execute(
-            _ADD_SERIES,
+        series_ref = _ADD_SERIES.scalar(
+            connection,
             {"study_ref": study_ref, **_matching_values(values, Level.SERIES), "instance_count": 0, "attributes": _dump(of_series)},
         )
         modality = normalised("CS", values.get("Modality", ()))[0]
         if modality:
-            sets = connection.execute(_FIND_SETS, {"ref": study_ref}).one()
-            connection.execute(
-                _SET_SETS, {"ref": study_ref, "modalities_": _joined(sets.modalities, modality), "classes_": sets.sop_classes}
-            )
-        return _KnownSeries(study_ref, generated_id(made), {**of_study, **of_series}, classes)
+            sets = _FIND_SETS.first(connection, {"ref": study_ref})
+            _SET_SETS.run(connection, {"ref": study_ref, "modalities_": _joined(sets.modalities, modality), "classes_": sets.sop_classes})
+        return _KnownSeries(study_ref, int(series_ref), {**of_study, **of_series}, classes)
 
     def _add_study(self, connection: Connection, values: Mapping[str, tuple[str, ...]], of_study: Mapping[str, list[str]]) -> int:
         patient_id, issuer = _identity(values)
         identity = _dump([patient_id, issuer] if patient_id else [values["StudyInstanceUID"][0]])
-        patient_ref = connection.execute(_FIND_PATIENT, {"identity_": identity}).scalar()
+        patient_ref = _FIND_PATIENT.scalar(connection, {"identity_": identity})
         if patient_ref is None:
             of_patient = _of_levels(values, Level.PATIENT)
-            made = connection.execute(
-                _ADD_PATIENT, {"identity": identity, **_matching_values(values, Level.PATIENT), "attributes": _dump(of_patient)}
+            patient_ref = _ADD_PATIENT.scalar(
+                connection, {"identity": identity, **_matching_values(values, Level.PATIENT), "attributes": _dump(of_patient)}
             )
-            patient_ref = generated_id(made)
-        made = connection.execute(
-            _ADD_STUDY,
+        study_ref = _ADD_STUDY.scalar(
+            connection,
             {
                 "patient_ref": patient_ref,
                 **_matching_values(values, Level.PATIENT, Level.STUDY),
@@ -234,14 +233,14 @@ class Index:
                 "attributes": _dump(of_study),
             },
         )
-        return generated_id(made)
+        return int(study_ref)
 
     def _extend(self, connection: Connection, series: _KnownSeries, sop_class_uid: str) -> _KnownSeries:
         """Note a SOP class that the study had not; what another process noted meanwhile stays."""
-        sets = connection.execute(_FIND_SETS, {"ref": series.study_ref}).one()
+        sets = _FIND_SETS.first(connection, {"ref": series.study_ref})
         classes = _joined(sets.sop_classes, sop_class_uid)
         if classes != sets.sop_classes:
-            connection.execute(_SET_SETS, {"ref": series.study_ref, "modalities_": sets.modalities, "classes_": classes})
+            _SET_SETS.run(connection, {"ref": series.study_ref, "modalities_": sets.modalities, "classes_": classes})
         return _KnownSeries(series.study_ref, series.series_ref, series.parents, frozenset(members(classes)))
 
     def quarantine(self, connection: Connection, record: InstanceRecord, reason: str, *, at: datetime | None = None) -> bool:
@@ -315,7 +314,7 @@ class Index:
 
     def find_in(self, connection: Connection, sop_instance_uid: str) -> InstanceRecord | None:
         """Return the record of an instance as the transaction of `connection` sees it, None when there is none."""
-        row = connection.execute(_FIND, {"uid": sop_instance_uid}).first()
+        row = _FIND.first(connection, {"uid": sop_instance_uid})
         return None if row is None else _record(row, _own_words(row, {}))
 
     def has_study_in(self, connection: Connection, study_instance_uid: str) -> bool:

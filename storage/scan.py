@@ -85,6 +85,8 @@ _CHARACTER_SET = 0x00080005
 _MANUFACTURER_MODEL_NAME = 0x00081090
 _SOFTWARE_VERSIONS = 0x00181020
 _CODE_VALUES = frozenset({0x00080100, 0x00080119, 0x00080120})
+_WIDTHS: Mapping[bytes, int] = {b"US": 2, b"UL": 4}
+"""VR of whole numbers -> bytes of one."""
 _PIXELS = frozenset({PIXEL_DATA, FLOAT_PIXEL_DATA, DOUBLE_FLOAT_PIXEL_DATA})
 
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
@@ -453,14 +455,21 @@ class DataSetScanner:
     def _texts(self, tag: int) -> tuple[str, ...]:
         """Return the values of a kept element as text, without padding; none when it is absent or empty."""
         vr, value = self._values.get(tag, (b"", b""))
-        keyword = _keywords().get(tag)
-        width = {b"US": 2, b"UL": 4}.get(vr, 2 if vr in (b"", b"UN") and keyword is not None and INDEXED[keyword][1] == "US" else 0)
+        if not value:
+            return ()
+        width = _WIDTHS.get(vr, 0)
+        if not width and vr in (b"", b"UN"):
+            keyword = _keywords().get(tag)
+            width = 2 if keyword is not None and INDEXED[keyword][1] == "US" else 0
         if width:
             # an implicit sequence within big endian is little endian, but never at the top
             order = ">" if self._syntax.encoding == BIG and vr != b"UN" else "<"
             count = len(value) // width
             return tuple(map(str, struct.unpack_from(f"{order}{count}{'H' if width == 2 else 'I'}", value)))
-        text = decode(value, self._character_set())
+        text = value.decode("ascii") if value.isascii() and b"\x1b" not in value else decode(value, self._character_set())
+        if "\\" not in text:
+            text = text.strip(" \0")
+            return (text,) if text else ()
         values = tuple(single.strip(" \0") for single in text.split("\\"))
         return () if values == ("",) else values
 

@@ -35,6 +35,7 @@ from storage.database import METADATA, from_micros, to_micros
 from storage.errors import IntegrityError, Unavailable
 from storage.failpoints import unarmed
 from storage.keys import Ring
+from storage.prepared import Prepared
 from storage.study_key import StudyKey, document_name, read_document, write_document
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ STUDY_KEYS: Final = Table(
 )
 
 _T = STUDY_KEYS.c
-_FIND = select(STUDY_KEYS).where(_T.id == bindparam("study_key_id"))
-_OF_STUDY = select(STUDY_KEYS).where(_T.study_instance_uid == bindparam("study")).order_by(_T.created_at, _T.id)
+_FIND = Prepared(select(STUDY_KEYS).where(_T.id == bindparam("study_key_id")))
+_OF_STUDY = Prepared(select(STUDY_KEYS).where(_T.study_instance_uid == bindparam("study")).order_by(_T.created_at, _T.id))
+_ADD = Prepared(insert(STUDY_KEYS))
 _IS_STORED = update(STUDY_KEYS).where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was")).values(stored=1)
 _RE_WRAP = (
     update(STUDY_KEYS)
@@ -183,10 +185,10 @@ class StudyKeys:
             The key was erased, or its wrapping key retired, since it was taken: what was sealed under it must not be admitted. When
             the sender tries again, it is sealed under a new one.
         """
-        row = connection.execute(_FIND, {"study_key_id": study_key.id}).first()
+        row = _FIND.first(connection, {"study_key_id": study_key.id})
         if row is None:
             self._require_fit(study_key)
-            connection.execute(insert(STUDY_KEYS), _values(study_key, stored=stored))
+            _ADD.run(connection, _values(study_key, stored=stored))
         elif stored and not row.stored:
             self.mark_stored_in(connection, study_key)
         elif stored and row.wrapped != _text(study_key.wrapped):
@@ -199,8 +201,8 @@ class StudyKeys:
 
         `stored`: the document lies in the object store, not in a node's spool alone.
         """
-        if connection.execute(_FIND, {"study_key_id": study_key.id}).first() is None:
-            connection.execute(insert(STUDY_KEYS), _values(study_key, stored=stored))
+        if _FIND.first(connection, {"study_key_id": study_key.id}) is None:
+            _ADD.run(connection, _values(study_key, stored=stored))
 
     def doubt(self, study_keys: Iterable[StudyKey]) -> None:
         """After a commit of unknown outcome: forget the keys, which may be in the table now and erased from it tomorrow.
@@ -263,16 +265,19 @@ class StudyKeys:
         Unavailable
             Database, ring or key service cannot be used now.
         """
-        with self._database.read() as connection:
-            row = connection.execute(_FIND, {"study_key_id": study_key_id}).first()
-        if row is not None:
-            key = self._opened(row)
-            self._remember(key, in_table=True, current=False)
-            return key
-        with self._lock:
-            held = self._held.get(study_key_id)
-            if held is not None and not held.in_table:
-                return held.key  # of an object that was sealed here and is not admitted yet
+        for _ in range(2):  # it may come into the table between the look there and the look into what is remembered
+            with self._database.read() as connection:
+                row = _FIND.first(connection, {"study_key_id": study_key_id})
+            if row is not None:
+                key = self._opened(row)
+                self._remember(key, in_table=True, current=False)
+                return key
+            with self._lock:
+                held = self._held.get(study_key_id)
+                if held is None:
+                    break
+                if not held.in_table:
+                    return held.key  # of an object that was sealed here and is not admitted yet
         self._drop([study_key_id])
         raise IntegrityError(
             "there is no such study key: the study of this object was erased, or the table lost the key "
@@ -294,7 +299,7 @@ class StudyKeys:
             Their ids: the caller deletes every version of the documents of that name (`document_name`) after the commit. Other processes
             stop using the keys within ``cache_s``.
         """
-        ids = [row.id for row in connection.execute(_OF_STUDY, {"study": study_instance_uid})]
+        ids = [row.id for row in _OF_STUDY.all(connection, {"study": study_instance_uid})]
         connection.execute(delete(STUDY_KEYS).where(_T.study_instance_uid == study_instance_uid))
         self._drop(ids)  # for what follows in the same commit; and again after it, as a reader may have seen the rows until then
         self._database.on_commit(lambda: self._drop(ids))
@@ -510,7 +515,7 @@ class StudyKeys:
 
     def _rows(self, study_instance_uid: str) -> list[Row[Any]]:
         with self._database.read() as connection:
-            return list(connection.execute(_OF_STUDY, {"study": study_instance_uid}))
+            return _OF_STUDY.all(connection, {"study": study_instance_uid})
 
     def _opened(self, row: Row[Any]) -> StudyKey:
         try:

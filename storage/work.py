@@ -59,6 +59,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.database import METADATA, BigId, from_micros, to_micros, utc_now
 from storage.errors import LeaseLost, StorageError
+from storage.prepared import Prepared
 from storage.records import Job, JobKind, JobState, NewJob
 
 if TYPE_CHECKING:
@@ -185,8 +186,11 @@ _SAME = select(JOBS.c.id).where(
     JOBS.c.payload_digest == bindparam("digest"),
 )
 # The job is new nearly always: one round trip then, two for the same again.
-_ENQUEUE: Final[Mapping[str, Any]] = {
-    name: made(JOBS).on_conflict_do_nothing(index_elements=("sop_instance_uid", "kind", "lane", "payload_digest")).returning(JOBS.c.id)
+_ENQUEUE: Final[Mapping[str, Prepared]] = {
+    name: Prepared(
+        made(JOBS).on_conflict_do_nothing(index_elements=("sop_instance_uid", "kind", "lane", "payload_digest")).returning(JOBS.c.id),
+        columns=(column.name for column in JOBS.c if column.name not in ("id", "first_claimed_at", "finished_at")),
+    )
     for name, made in (("sqlite", sqlite.insert), ("postgresql", postgresql.insert))
 }
 _JOBS_OF = select(JOBS).where(JOBS.c.sop_instance_uid == bindparam("uid")).order_by(JOBS.c.id)
@@ -291,8 +295,8 @@ class WorkQueue:
         """
         payload = json.dumps(dict(job.payload), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(payload.encode()).hexdigest()[:32] if job.payload else ""
-        made = connection.execute(
-            _ENQUEUE[connection.dialect.name],
+        made = _ENQUEUE[connection.dialect.name].scalar(
+            connection,
             {
                 "kind": job.kind.value,
                 "state": JobState.READY.value,
@@ -309,7 +313,7 @@ class WorkQueue:
                 "result": "{}",
                 "home": job.home,
             },
-        ).scalar()
+        )
         if made is None:
             same = {"uid": job.sop_instance_uid, "kind_": job.kind.value, "lane_": job.lane, "digest": digest}
             made = connection.execute(_SAME, same).scalar_one()

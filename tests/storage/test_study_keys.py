@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from storage.database import Database
 from storage.errors import InstanceNotFound, IntegrityError, Unavailable
@@ -798,3 +798,21 @@ def test_secrets_of_study_keys_are_random(site: Site) -> None:
     made: list[StudyKey] = [keys.current(secrets.token_hex(4)) for _ in range(50)]
     assert len({key.id for key in made}) == len({key.secret for key in made}) == 50
     assert all(len(key.secret) == 32 for key in made)
+
+
+def test_a_key_that_is_admitted_between_two_looks_is_found(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one sender asks for a study's new key, another one's instance brings it into the table: nobody takes it for erased."""
+    keys = site.node()
+    key = keys.current(STUDY)
+    read, admissions = site.database.read, [key]
+
+    @contextmanager
+    def read_then_admit() -> Iterator[Connection]:
+        with read() as connection:
+            yield connection
+        if admissions:
+            admitted = admissions.pop()
+            site.database.write(lambda connection: keys.store_in(connection, admitted))
+
+    monkeypatch.setattr(site.database, "read", read_then_admit)
+    assert keys.get(key.id).secret == key.secret
