@@ -14,17 +14,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("door", "ingest", "growth", "rotation", "reindex")
+SECTIONS = ("dimse", "parts", "ingest", "growth", "rotation", "reindex")
 
 
-def measured(sections: set[str], rounds: int) -> dict[str, Any]:
+def measured(sections: set[str], rounds: int, *, short: bool) -> dict[str, Any]:
     """Run the sections; each imports what it needs."""
     results: dict[str, Any] = {}
-    if "door" in sections:
-        from bench import door  # noqa: PLC0415
+    if "dimse" in sections:
+        from bench import dimse  # noqa: PLC0415
+
+        results["dimse"] = dimse.run(rounds, short=short)
+    if "parts" in sections:
+        from bench import parts  # noqa: PLC0415
 
         with tempfile.TemporaryDirectory() as name:
-            results["door"] = door.run(rounds, Path(name))
+            results["parts"] = parts.run(Path(name))
     if "ingest" in sections:
         from bench import ingest  # noqa: PLC0415
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=(*SECTIONS, "all"), action="append", help="may be given several times")
+    parser.add_argument("--short", action="store_true", help="of dimse: a round of a minute, to see that it works; no figures to quote")
     arguments = parser.parse_args()
     only = set(arguments.only or ["all"])
     sections = set(SECTIONS) if "all" in only else only
@@ -52,7 +57,7 @@ def main() -> None:
     target = Path(__file__).parent / "results"
     target.mkdir(exist_ok=True)
     path = target / f"{datetime.now(UTC):%Y-%m-%d}.json"
-    results = {**about, **measured(sections, arguments.rounds)}
+    results = {**about, **measured(sections, arguments.rounds, short=arguments.short)}
     if path.exists():  # the sections of a day may be measured one after the other
         results = {**json.loads(path.read_text()), **results}
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,13 +17,16 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
 from inference.drawing import draw_skin_picture
+from storage.part10 import part10_prefix
 
 KINDS = ("tiny", "small", "jpeg")
+PER_STUDY, PER_SERIES = 20, 10
+"""What a sender sends: instances of a study, and of a series of it."""
 _DIGITS = 36
 
 
 def picture(kind: str, number: int) -> Dataset:
-    """Draw one instance: tiny 64x128 8 bit, small 512x512 16 bit, jpeg 4000x3000 baseline."""
+    """Draw one instance: tiny 64x128 8 bit, small 512x512 16 bit, jpeg 4000x3000 baseline, raw the same as native RGB."""
     data_set = Dataset()
     data_set.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
     data_set.SOPInstanceUID = pydicom.uid.generate_uid()
@@ -33,13 +37,17 @@ def picture(kind: str, number: int) -> Dataset:
     data_set.SeriesNumber = data_set.InstanceNumber = "1"
     data_set.ConversionType = "WSD"
     syntax = pydicom.uid.ExplicitVRLittleEndian
-    if kind == "jpeg":
+    if kind in ("jpeg", "raw"):
         rows, columns, bits, samples = 3000, 4000, 8, 3
         pixels = cv2.resize(draw_skin_picture(seed=number % 4, rows=750, columns=1000), (columns, rows))
-        stream = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-        data_set.PixelData, syntax = encapsulate([stream]), pydicom.uid.JPEGBaseline8Bit
-        data_set["PixelData"].is_undefined_length = True
-        data_set.PhotometricInterpretation, data_set.PlanarConfiguration = "YBR_FULL_422", 0
+        data_set.PlanarConfiguration = 0
+        if kind == "raw":
+            data_set.PixelData, data_set.PhotometricInterpretation = pixels.tobytes(), "RGB"
+        else:
+            stream = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+            data_set.PixelData, syntax = encapsulate([stream]), pydicom.uid.JPEGBaseline8Bit
+            data_set["PixelData"].is_undefined_length = True
+            data_set.PhotometricInterpretation = "YBR_FULL_422"
     else:
         rows, columns, bits, samples = (64, 128, 8, 1) if kind == "tiny" else (512, 512, 16, 1)
         data_set.PixelData = np.random.default_rng(number).bytes(rows * columns * bits // 8)
@@ -85,3 +93,17 @@ class Pattern:
         head = before + sop.encode() + middle + study.encode() + between + series.encode()
         size = 128 << 10
         return [head + after[: size - len(head)], *(after[start : start + size] for start in range(size - len(head), len(after), size))]
+
+    def write_files(self, folder: Path, count: int, *, per_study: int = PER_STUDY, per_series: int = PER_SERIES) -> None:
+        """Write files of `count` new instances, in studies and series of so many."""
+        study = series = ""
+        sop_class = str(pydicom.uid.SecondaryCaptureImageStorage)
+        for number in range(count):
+            if number % per_study == 0:
+                study = self.new_uid()
+            if number % min(per_series, per_study) == 0:
+                series = self.new_uid()
+            sop = self.new_uid()
+            prefix = part10_prefix(sop_class_uid=sop_class, sop_instance_uid=sop, transfer_syntax_uid=self.transfer_syntax_uid)
+            with (folder / f"{number:05}.dcm").open("xb") as file:
+                file.writelines((prefix, *self.chunks(sop, study, series)))
