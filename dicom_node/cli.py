@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -227,4 +228,5 @@ for command in (doctor, conformance, refusals, erase, retention, backup, restore
 
 def main() -> None:
     """Entry point of the console script."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # until `serve` configures the log of a node
     app()

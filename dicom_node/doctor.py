@@ -418,9 +418,10 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
     elif store:
-        from dicom_node.specimen import STUDY_INSTANCE_UID  # noqa: PLC0415 - as above
+        from dicom_node.specimen import PATIENT_ID, STUDY_INSTANCE_UID  # noqa: PLC0415 - as above
 
-        err.print(Text(runnable(f"remove the test study here: `dicom-node erase {STUDY_INSTANCE_UID}`; at the peers by hand"), style="dim"))
+        here = f"here: `dicom-node erase {STUDY_INSTANCE_UID}`; " if peer is None else ""
+        err.print(Text(runnable(f"how to remove the test study {here}at a peer: there, patient {PATIENT_ID}"), style="dim"))
     if failed:
         raise typer.Exit(1) if as_json else fail(f"{failed} of {len(checks)} did not pass; the lines marked 'no' say what to do")
 
