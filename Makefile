@@ -32,7 +32,7 @@ test: $(VENV)/development  ## everything that needs no system package
 peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL and the like (needs root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-		dcmtk dicom3tools eatmydata gcc libc6-dev orthanc orthanc-dicomweb postgresql strace tcpdump \
+		dcmtk dicom3tools eatmydata gcc libc6-dev odil orthanc orthanc-dicomweb postgresql strace tcpdump \
 		python3-venv >/dev/null
 	@# Debian starts an Orthanc and a PostgreSQL of its own; the tests start theirs on ports of their own.
 	@service orthanc stop >/dev/null 2>&1 || true
