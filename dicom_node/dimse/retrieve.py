@@ -11,6 +11,7 @@ DICOM PS3.4 C.4.2 (C-MOVE), C.4.3 (C-GET), C.5.2 and C.5.3 (extended negotiation
 from __future__ import annotations
 
 import queue
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ _EVENTS_AT_ONCE = 500
 _NAMED_ONE_BY_ONE = 100
 _LOOK_S = 0.25
 _REASONS = 3
+_OBJECT_KEY = re.compile(r" [0-9a-f]{32}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class _Tally:
                 self.reasons[f"stored with warning {status:04X}"] += 1
             case error:
                 self.failed.append(sop_instance_uid)
-                self.reasons[str(error)] += 1
+                self.reasons[_OBJECT_KEY.sub("", str(error))] += 1  # one reason, however many objects it is of
 
     def counts(self, *, final: bool) -> tuple[int | None, int, int, int]:
         """Return remaining, completed, failed and warning; what remains is not told at the end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,13 +37,17 @@ from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 from dicom_node.dimse import transcode
 from dicom_node.dimse.decoder import Decoder
 from dicom_node.dimse.receive import ReceiveLimits
-from dicom_node.dimse.retrieve import RetrieveSCP
-from dicom_node.dimse.scu import StorageSCU
+from dicom_node.dimse.retrieve import Outgoing, RetrieveSCP
+from dicom_node.dimse.scu import StorageSCU, fit, store_command, write_store
 from dicom_node.peers import Peer, Peers
 from storage.errors import UnsupportedInstance
 from storage.records import Announced, Origin
+from storage.s3 import S3Store
 from tests.dicom_node.door import SECONDARY_CAPTURE, Door, Rooms, draw, open_door, open_rooms
+from tests.faults.lying_s3 import LyingS3
 from tests.ports import free_port
+from tests.storage.house import build
+from tests.storage.samples import VL_PHOTOGRAPHIC, new_uid, photograph
 from tests.storage.support import RECEIVED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom, about what we draw
@@ -515,6 +520,72 @@ def test_an_instance_that_is_gone_is_counted_as_failed(rooms: Rooms) -> None:
         final, answer, _ = get(association, of_study(pictures))
     assert (final.Status, failed(answer)) == (SOME_FAILED, [pictures[1].SOPInstanceUID])
     assert len(received.instances) == 2
+
+
+def test_cold_objects_are_counted_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects that have to be restored first fail with that reason, their restore is started, and later they are given."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "access-key-1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-key-1")
+    with LyingS3() as bucket:
+        store = S3Store(
+            bucket=bucket.bucket, endpoint_url=bucket.endpoint, region="us-east-1", storage_class="GLACIER", restore_tier="Expedited"
+        )
+        house = build(tmp_path / "house", store=store, acknowledge=lambda _: "archive")
+        cold = Rooms(tmp_path, house.database, house.index, house.queue, house.audit, house.archive)
+        try:
+            study = new_uid()
+            for _ in range(2):
+                house.ingest(photograph(study=study))
+            received = Received()
+            with door_of(cold) as door, asking(door, storage=((VL_PHOTOGRAPHIC, (ExplicitVRLittleEndian,)),), received=received) as asked:
+                final, answer, _ = get(asked, identifier("STUDY", StudyInstanceUID=study))
+                assert (final.Status, len(failed(answer))) == (CANNOT_PERFORM, 2)
+                assert "cold" in final.ErrorComment
+                assert received.instances == []
+                bucket.finish_restores()
+                assert counts(get(asked, identifier("STUDY", StudyInstanceUID=study))[0]) == (None, 2, 0, 0)
+        finally:
+            house.close()
+
+
+@pytest.mark.parametrize("wanted", [ExplicitVRLittleEndian, ImplicitVRLittleEndian], ids=["as stored", "converted"])
+def test_big_instances_are_never_whole_in_memory(rooms: Rooms, wanted: str) -> None:
+    """48 MiB go out in pieces, as they are and converted, within a few MiB of memory."""
+    picture = draw(rows=4096, columns=6144)
+    size = len(archive(rooms, picture))
+    summary = rooms.index.find(picture.SOPInstanceUID).summary
+
+    class Sink:
+        written = 0
+
+        def sendall(self, data: bytes) -> None:
+            self.written += len(data)
+
+    sink = Sink()
+    tracemalloc.start()
+    try:
+        prepared = fit(Outgoing(rooms.archive, summary), {wanted: 1}, "the sink")
+        write_store(sink, prepared, store_command(summary, 1), 16_384)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sink.written > size - 1000
+    assert peak < 12 * 1024**2
+
+
+def test_a_requestor_that_does_not_answer(rooms: Rooms) -> None:
+    """A sub-operation of C-GET without an answer ends the association after its time; the door goes on."""
+    pictures = study_of(rooms, 2)
+    go_on = threading.Event()
+    received = Received(answer=lambda _: SUCCESS if go_on.wait(20) else 0xC000)
+    with door_of(rooms, answer_s=0.5) as door:
+        with asking(door, received=received) as association:
+            responses = list(association.send_c_get(of_study(pictures), STUDY_GET))
+            go_on.set()
+            assert len(received.instances) == 1
+            assert [status.get("Status") for status, _ in responses] in ([], [None])
+        door.settle()
+        assert door.scp.associations == 0
 
 
 def test_get_is_cancelled(rooms: Rooms) -> None:
