@@ -53,6 +53,8 @@ _SHOWN: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = MappingProxyType(
         "delivery.given_up": ("delivery.given_up", ("job", "attempts", "lane")),
         "instance.quarantined": ("instance.quarantined", ("door", "sha256", "byte_count")),
         "instance.archived": ("instance.archived", ()),
+        "instance.lost": ("instance.lost", ("landed_on",)),
+        "report.lost": ("report.lost", ("landed_on",)),
         "instance.erased": ("instance.erased", ()),
         "study.erased": ("study.erased", ("instances",)),
     }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -214,6 +216,22 @@ def test_an_erased_study(database: Database) -> None:
     assert (change.kind, change.study_instance_uid, change.sop_instance_uid) == ("study.erased", "1.2.3.4", "")
     assert change.detail == {"instances": 2}
     assert change.kind in KINDS
+
+
+@pytest.mark.parametrize("kind", ["instance.lost", "report.lost"])
+def test_what_was_lost_with_a_node(database: Database, kind: str) -> None:
+    """An integrator that counted on it is told, with the node and the study, and with nothing of where it came from."""
+    record(database, kind, "1.2.3.4.5", landed_on="00000000000000aa", study_instance_uid="1.2.3.4", calling_ae_title="SENDER")
+    (change,) = ChangeFeed(database=database).since(0).changes
+    assert (change.kind, change.study_instance_uid, change.sop_instance_uid) == (kind, "1.2.3.4", "1.2.3.4.5")
+    assert change.detail == {"landed_on": "00000000000000aa"}
+
+
+def test_the_page_lists_every_kind() -> None:
+    """docs/changefeed.md has a row for each kind of change, and no other."""
+    page = (Path(__file__).parents[2] / "docs" / "changefeed.md").read_text(encoding="utf-8")
+    table = page.partition("| kind |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `([a-z._]+)` \|", table, re.MULTILINE)) == KINDS
 
 
 def test_a_subscriber_begins_where_it_is_told(database: Database) -> None:
