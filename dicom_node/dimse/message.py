@@ -24,6 +24,8 @@ COMMAND = 0x01
 LAST = 0x02
 """Message control header: the last fragment of its kind."""
 
+_FREE_FRAGMENTS, _FRAGMENT_BYTES = 4096, 64
+
 # Elements of group 0000, PS3.7 Annex E
 AFFECTED_SOP_CLASS_UID = 0x0002
 COMMAND_FIELD = 0x0100
@@ -258,6 +260,7 @@ class MessageReader:
         self._command = bytearray()
         self._awaiting_data = False
         self._foreign_count = 0
+        self._fragments = self._bytes = 0
         self._request: StoreRequest | None = None
         self._operation: StoreOperation | None = None
 
@@ -279,6 +282,11 @@ class MessageReader:
                 raise ProtocolViolation("PDV in a presentation context that was not accepted")
             if self._context_id not in (0, context_id):
                 raise ProtocolViolation("message goes on in another presentation context", 5)
+            self._fragments += 1
+            self._bytes += len(fragment)
+            if self._fragments > _FREE_FRAGMENTS and self._bytes < self._fragments * _FRAGMENT_BYTES:
+                # each costs the processor as much as a long one does
+                raise ProtocolViolation("message in too many fragments of a few bytes or none")
             if control & COMMAND:
                 self._take_command(context_id, control, fragment)
             else:
@@ -342,6 +350,7 @@ class MessageReader:
 
     def _end_message(self) -> None:
         self._context_id = 0
+        self._fragments = self._bytes = 0
         self._command.clear()
         self._awaiting_data = False
         self._foreign_count = 0

@@ -33,6 +33,7 @@ PENDING_WITHOUT_OPTIONAL: Final = 0xFF01
 CANCELLED: Final = 0xFE00
 OUT_OF_RESOURCES: Final = 0xA700
 SOP_CLASS_NOT_SUPPORTED: Final = 0x0122
+UNRECOGNISED_OPERATION: Final = 0x0211
 
 _OFFENDING_ELEMENT, _REMAINING = 0x0901, 0x1020
 _HAS_DATA_SET = 0x0001
@@ -136,6 +137,17 @@ class Operation:
         if connection is None:
             raise ConnectionResetError("the association has ended")
         return connection
+
+
+def is_asked(wanted: type[Any], association: AcceptedAssociation, context: PresentationContext, request: Any) -> bool:
+    """Whether a request is the one that its context is for; any other is answered with 0211, unrecognised operation."""
+    if isinstance(request, wanted):
+        return True
+    answer = type(request)()
+    answer.MessageIDBeingRespondedTo = request.MessageID
+    answer.Status = UNRECOGNISED_OPERATION
+    association.dimse.send_msg(answer, int(context.context_id or 0))
+    return False
 
 
 def negotiated_for(association: AcceptedAssociation, sop_class_uid: str) -> bytes:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 from pydicom.datadict import tag_for_keyword
+from pynetdicom.dimse_primitives import C_FIND
 
 from dicom_node.dimse import operation
 from dicom_node.dimse.identifier import (
@@ -188,6 +189,8 @@ class QuerySCP:
         Final status: 0000; A700 out of resources, rows or time; A900 or C000 the Identifier cannot be answered; 0122 another SOP
         class than the context's; FE00 cancelled.
         """
+        if not operation.is_asked(C_FIND, association, context, request):
+            return
         began = time.monotonic()
         asking = Operation(association, context, request, operation.C_FIND_RSP)
         rows = _Rows(asking)

@@ -29,13 +29,14 @@ from typing import Any
 import structlog
 from pynetdicom.association import Association
 from pynetdicom.dul import DULServiceProvider
+from pynetdicom.fsm import StateMachine
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse.connection import TlsConnection
-from dicom_node.dimse.message import COMMAND, MessageReader, ProtocolViolation, StoreOperation, StoreRequest, pdata
+from dicom_node.dimse.message import COMMAND, LAST, MessageReader, ProtocolViolation, StoreOperation, StoreRequest, pdata
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +45,10 @@ _HEADER = 6
 _READ_AHEAD = 16384
 _POLL_MS = 250
 _LINGER_S = 2.0
+_REQUESTS_AHEAD = 16
+_BYTES_AHEAD = 1024**2
+_OVER = frozenset({"Sta1", "Sta13"})
+_LOCAL_EVENTS = frozenset({"Evt7", "Evt8", "Evt9", "Evt11", "Evt14", "Evt15"})
 
 
 def unobserved(_event: str, **_labels: object) -> None:
@@ -69,6 +74,8 @@ class ReceiveLimits:
     command_bytes: int = 65_536
     foreign_bytes: int = 16 * 1024**2
     """Data set (identifier) of a message other than C-STORE."""
+    foreign_bytes_of_all: int = 32 * 1024**2
+    """Data sets of messages other than C-STORE that all associations of the process hold at once; the library takes twice as much for them."""
 
 
 class Waker:
@@ -102,6 +109,48 @@ class Waker:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
+
+
+class Room:
+    """Counts what all associations of a process hold in memory together.
+
+    Parameters
+    ----------
+    byte_count
+        The most.
+    """
+
+    def __init__(self, byte_count: int) -> None:
+        self._free = byte_count
+        self._lock = threading.Lock()
+
+    def take(self, byte_count: int) -> bool:
+        """Take room; False when there is not so much."""
+        with self._lock:
+            if byte_count > self._free:
+                return False
+            self._free -= byte_count
+            return True
+
+    def give(self, byte_count: int) -> None:
+        """Give room back."""
+        with self._lock:
+            self._free += byte_count
+
+
+class Machine(StateMachine):
+    """pynetdicom's state machine, but what our side still wants to say when the association is over goes nowhere, and is no error.
+
+    The association's own thread may answer, accept or abort at the moment at which the peer breaks the protocol or goes away.
+    """
+
+    def do_action(self, event: str) -> None:
+        """Do what an event asks for in the current state."""
+        if event in _LOCAL_EVENTS and self.current_state in _OVER:
+            with contextlib.suppress(queue.Empty):
+                self.dul.to_provider_queue.get(block=False)
+            return
+        super().do_action(event)
 
 
 class Turnstile(threading.Event):
@@ -194,10 +243,10 @@ class PDUBuffer:
             self._buffer[:have] = self._buffer[self._start : self._end]
             self._start, self._end = 0, have
         if len(self._buffer) < wanted:
-            self._buffer = self._buffer[:have] + bytearray(wanted - have)
-        room = max(self._start + wanted, min(len(self._buffer), self._end + _READ_AHEAD))
+            # room for the next one too: of a large data set each read takes what the kernel has
+            self._buffer = self._buffer[:have] + bytearray(2 * wanted - have)
         with memoryview(self._buffer) as view:
-            count = sock.recv_into(view[self._end : room])
+            count = sock.recv_into(view[self._end :])
         self._end += count
         return count
 
@@ -232,6 +281,8 @@ class UpperLayer(DULServiceProvider):
         What was read of the connection before.
     observe
         Told ``association.violation`` with ``reason``.
+    room
+        For data sets of messages other than C-STORE, shared by associations; None: each has all that its limits allow.
     """
 
     def __init__(
@@ -242,8 +293,10 @@ class UpperLayer(DULServiceProvider):
         received: bytes = b"",
         begin_store: Callable[[PresentationContext, StoreRequest], StoreOperation] | None = None,
         observe: Callable[..., None] = unobserved,
+        room: Room | None = None,
     ) -> None:
         super().__init__(assoc)
+        self.state_machine = Machine(self)
         self.socket: AssociationSocket
         self._limits = limits
         self._observe = observe
@@ -255,6 +308,9 @@ class UpperLayer(DULServiceProvider):
         self._waited_s = 0.0
         self._came = 0
         self._diagnostic = 0
+        self._room = room or Room(limits.foreign_bytes * (_REQUESTS_AHEAD + 2))
+        self._holding = threading.Lock()
+        self._held = self._held_of_last = 0
         self._closing_since: float | None = None
         self._messages = MessageReader(
             known_context=lambda context_id: context_id in assoc._accepted_cx,  # noqa: SLF001 - see library.py
@@ -277,6 +333,14 @@ class UpperLayer(DULServiceProvider):
         super().kill_dul()
         self._waker.wake()
 
+    def relieve(self) -> None:
+        """Give back the room of requests that were served, when no other waits; read on, if reading paused."""
+        with self._holding:
+            if self.assoc.dimse.msg_queue.empty():
+                self._room.give(self._held - self._held_of_last)
+                self._held = self._held_of_last
+        self._waker.wake()
+
     # The thread
 
     def run_reactor(self) -> None:
@@ -293,6 +357,9 @@ class UpperLayer(DULServiceProvider):
         finally:
             self._abandon()
             self._kill_thread = True
+            with self._holding:
+                self._room.give(self._held)
+                self._held = self._held_of_last = 0
             self._waker.close()
             self._buffer.discard()
             self.socket._shutdown_socket()  # noqa: SLF001
@@ -350,6 +417,10 @@ class UpperLayer(DULServiceProvider):
         """Wait until the socket has bytes (or its end): True. False when there is something else to do, or nothing."""
         if self._kill_thread or self.to_provider_queue.queue or not self.event_queue.empty():
             return False
+        if self._crowded():
+            select.select([self._waker.descriptor], [], [], _POLL_MS / 1000)
+            self._waker.clear()
+            return False
         if isinstance(sock, TlsConnection) and sock.pending():
             return True
         if self._polled is None:
@@ -362,6 +433,14 @@ class UpperLayer(DULServiceProvider):
             self._waker.clear()
             return False
         return self._fast_enough() and bool(ready)
+
+    def _crowded(self) -> bool:
+        """Whether requests wait that must be served before another is read: who sends more than he may is not read meanwhile.
+
+        PS3.7 D.3.3.3: one at a time unless more are negotiated, which we never do. C-CANCEL waits in no queue.
+        """
+        waiting = self.assoc.dimse.msg_queue.qsize()
+        return waiting >= _REQUESTS_AHEAD or (waiting > 0 and self._held >= _BYTES_AHEAD)
 
     def _fast_enough(self) -> bool:
         """Judge the peer by what came while it was waited for: a message that trickles in holds a slot and a place in the archive."""
@@ -428,6 +507,12 @@ class UpperLayer(DULServiceProvider):
 
     def _hand_on(self, context_id: int, control: int, fragment: bytes) -> None:
         """Give a fragment of a message other than C-STORE to pynetdicom's DIMSE provider, as its state machine does (DT-2)."""
+        if not control & COMMAND:
+            with self._holding:
+                if not self._room.take(len(fragment)):
+                    raise ProtocolViolation("no room for the data set of another request; all associations together hold too many", 0)
+                self._held += len(fragment)
+                self._held_of_last = 0 if control & LAST else self._held_of_last + len(fragment)
         primitive = P_DATA()
         primitive.presentation_data_value_list.append((context_id, bytes((control,)) + fragment))
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from pydicom.datadict import tag_for_keyword
 from pydicom.uid import UID
-from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.dimse_primitives import C_GET, C_MOVE, C_STORE
 
 from dicom_node.dimse import operation, transcode
 from dicom_node.dimse.identifier import (
@@ -219,8 +219,10 @@ class RetrieveSCP:
         done; A801 Move Destination unknown; A900 or C000 the Identifier cannot be answered; 0122 another SOP class than the
         context's; FE00 cancelled. Failed SOP Instance UID List (0008,0058) names what failed.
         """
-        began = time.monotonic()
         service = "move" if str(context.abstract_syntax).endswith("2") else "get"
+        if not operation.is_asked(C_MOVE if service == "move" else C_GET, association, context, request):
+            return
+        began = time.monotonic()
         asking = Operation(association, context, request, operation.C_MOVE_RSP if service == "move" else operation.C_GET_RSP)
         tally = _Tally()
         comment = ""

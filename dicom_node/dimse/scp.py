@@ -24,6 +24,7 @@ from pynetdicom import AE, evt
 from pynetdicom._globals import DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
 from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_CANCEL
 from pynetdicom.pdu_primitives import A_ASSOCIATE, UserIdentityNegotiation
 from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.sop_class import _NON_PATIENT_OBJECT_CLASSES, _STORAGE_CLASSES
@@ -32,7 +33,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 from dicom_node.dimse.connection import TlsConnection
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
-from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Turnstile, UpperLayer, unobserved
+from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Room, Turnstile, UpperLayer, unobserved
 from dicom_node.dimse.refusing import Words
 from dicom_node.dimse.services import Negotiating
 from dicom_node.dimse.slots import Held, Slots
@@ -187,6 +188,7 @@ class StorageSCP:
         self._unknown_sop_classes = unknown_sop_classes
         self._message_bytes = message_bytes
         self.limits = limits or ReceiveLimits()
+        self.room = Room(self.limits.foreign_bytes_of_all)
         self.observe = observe
         self.words = Words(refusals or NoDiary(), peers=peers, ae_title=ae_title)
         self.entity = AE(ae_title=ae_title)
@@ -521,6 +523,7 @@ class AcceptedAssociation(Association):
             received=request,
             begin_store=lambda context, request: door.begin_store(self, context, request),
             observe=self._observed,
+            room=door.room,
         )
         turnstile = Turnstile()
         self._reactor_checkpoint = turnstile
@@ -568,6 +571,13 @@ class AcceptedAssociation(Association):
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
         """Let the service of the context answer; pynetdicom what has none (C-ECHO)."""
+        try:
+            if not isinstance(msg, C_CANCEL):  # the library queues those that it has no place for
+                self._serve(msg, context_id)
+        finally:
+            cast("UpperLayer", self.dul).relieve()
+
+    def _serve(self, msg: Any, context_id: int) -> None:
         context = self._accepted_cx.get(context_id)
         service = None if context is None else self.door.service_of(context)
         if context is None or service is None or not msg.is_valid_request:
