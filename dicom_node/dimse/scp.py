@@ -583,7 +583,8 @@ class AcceptedAssociation(Association):
         if context is None or service is None or not msg.is_valid_request:
             super()._serve_request(msg, context_id)
             return
-        self.dimse.cancel_req.clear()
+        for message_id in set(self.dimse.cancel_req) - {msg.MessageID}:  # a cancel of this one may be quicker than this thread
+            self.dimse.cancel_req.pop(message_id, None)
         try:
             service.serve(self, context, msg)
         except Exception:  # an edge: a fault of ours ends this association and no more
