@@ -214,7 +214,7 @@ class Admission:
                 return _Decision.AGAIN, None
             self.add_in(connection, arrived, study_key)
             for job in self._jobs_for(summary, arrived.origin):
-                self._queue.enqueue(connection, replace(job, home=arrived.landed_on))
+                self._queue.enqueue(connection, job if job.home == arrived.landed_on else replace(job, home=arrived.landed_on))
             self._audit.append(connection, event_of("instance.received", arrived, detail=_where(arrived)))
             self._reach("index.written")
             return _Decision.STORED, None

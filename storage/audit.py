@@ -52,6 +52,8 @@ GENESIS = "0" * 64
 """The hash before the first record."""
 
 _PAGE = 1000
+_detail = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+_canonical = json.JSONEncoder(separators=(",", ":")).encode
 _HEAD = select(AUDIT_HEAD.c.seq, AUDIT_HEAD.c.hash).where(AUDIT_HEAD.c.id == 1)
 _LOCK_HEAD = Prepared(_HEAD.with_for_update())
 _APPEND = Prepared(insert(AUDIT).inline())
@@ -102,7 +104,7 @@ class AuditTrail:
         IntegrityError
             The trail has lost its head.
         """
-        detail = json.dumps(dict(event.detail), sort_keys=True, separators=(",", ":"))
+        detail = _detail(dict(event.detail))
         head = _LOCK_HEAD.first(connection, {})
         if head is None:
             raise IntegrityError("the head of the audit trail is missing: restore the database from its copy")
@@ -181,7 +183,7 @@ class AuditTrail:
 def _chain(previous: str, values: Mapping[Any, Any]) -> str:
     """Return the hash of a record; ``detail`` enters as the text that is stored."""
     fields = [values[name] for name in ("seq", "at", "action", "outcome", "actor", "subject", "detail")]
-    canonical = json.dumps(fields, separators=(",", ":"))
+    canonical = _canonical(fields)
     return hashlib.sha256(bytes.fromhex(previous) + canonical.encode("ascii")).hexdigest()
 
 

@@ -15,8 +15,6 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -78,13 +76,33 @@ def storable(value: str) -> str:
 class _Ticket:
     """A unit of work on its way through the writer thread."""
 
-    __slots__ = ("future", "on_commit", "ordered", "work")
+    __slots__ = ("_done", "_error", "_result", "on_commit", "ordered", "work")
 
     def __init__(self, work: Callable[[Connection], Any], *, ordered: bool) -> None:
         self.work = work
         self.ordered = ordered
-        self.future: Future[Any] = Future()
         self.on_commit: list[Callable[[], None]] = []
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._done = threading.Lock()  # held until it is done; a future costs several times as much
+        self._done.acquire()
+
+    def answer(self, result: Any, error: BaseException | None = None) -> None:
+        """Let the caller go; once."""
+        self._result, self._error = result, error
+        self._done.release()
+
+    def result(self, timeout_s: float = -1) -> Any:
+        """Wait for the answer, for one thread; raises it if it is an error, TimeoutError when it does not come in time."""
+        if not self._done.acquire(timeout=timeout_s):
+            raise TimeoutError
+        error, self._error = self._error, None  # its traceback holds this frame
+        try:
+            if error is not None:
+                raise error
+            return self._result
+        finally:
+            del error
 
     def run_callbacks(self) -> None:
         """Run what waits for the commit. It has happened: a callback that fails takes back nothing, and stops nobody's work."""
@@ -296,7 +314,7 @@ class Database:
             raise RuntimeError("write() inside of write(): use the connection that was given")
         ticket = _Ticket(work, ordered=ordered)
         self._submit(ticket)
-        return cast("T", ticket.future.result())
+        return cast("T", ticket.result())
 
     def _submit(self, ticket: _Ticket) -> None:
         with self._lock:
@@ -352,14 +370,12 @@ class Database:
                 self._fault = f"{reason}; writing is switched off until the node is restarted"
             self._discard(connection)
             for ticket in batch:  # one exception object each: tracebacks grow in every thread that raises it
-                ticket.future.set_exception(type(reason)(*reason.args) if isinstance(reason, StorageError) else reason)
+                ticket.answer(None, type(reason)(*reason.args) if isinstance(reason, StorageError) else reason)
             return None
         for ticket, (result, problem) in zip(batch, outcomes, strict=True):
             if problem is None:
                 ticket.run_callbacks()
-                ticket.future.set_result(result)
-            else:
-                ticket.future.set_exception(problem)
+            ticket.answer(result, problem)
         return connection
 
     def _begun_write(self, connection: Connection | None, *, ordered: bool) -> tuple[Connection, str | None]:
@@ -507,8 +523,8 @@ class Database:
         ticket = _Ticket(lambda _: None, ordered=True)
         self._submit(ticket)
         try:
-            ticket.future.result(timeout_s)
-        except FutureTimeout as error:
+            ticket.result(timeout_s)
+        except TimeoutError as error:
             raise Unavailable(f"the database took no write for {timeout_s:g} s: another process holds its lock") from error
 
     def close(self) -> None:

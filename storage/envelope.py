@@ -63,6 +63,7 @@ _FOOTER_PURPOSE = b"dicom-node object footer 2"
 _HEAD_READ = 4096
 _TAIL_READ = 16_384
 _CAPSULE_LIMIT = 1024
+_footer_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode
 
 
 def _fields(*fields: bytes) -> bytes:
@@ -143,7 +144,7 @@ class Sealer:
         """
         self._seal_held(last=True)
         body = self._byte_count - len(self._header)
-        text = json.dumps(footer, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True).encode()
+        text = _footer_text(footer).encode()
         if len(text) + _TAG > FOOTER_LIMIT:
             raise ValueError(f"the record is longer than {FOOTER_LIMIT - _TAG} bytes")
         # the key serves this one message, so a constant nonce repeats nothing

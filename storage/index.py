@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy.exc
@@ -467,8 +468,7 @@ class Index:
 # -- from records to rows ------------------------------------------------------------------------------------------------------------
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _attributes(summary: Summary) -> dict[str, tuple[str, ...]]:
@@ -493,10 +493,21 @@ def _identity(values: Mapping[str, Any]) -> tuple[str, str]:
 
 def _matching_values(values: Mapping[str, tuple[str, ...]], *levels: Level) -> dict[str, str]:
     row: dict[str, str] = {}
-    for keyword, (level, vr) in INDEXED.items():
-        if level in levels:
-            row.update(zip(COLUMN_NAMES[keyword], normalised(vr, values.get(keyword, ())), strict=True))
+    for keyword, vr, columns in _columns(levels):
+        value = values.get(keyword)
+        if value is None:
+            row.update(dict.fromkeys(columns, ""))
+        elif len(columns) == 1:
+            row[columns[0]] = normalised(vr, value)[0]
+        else:
+            row.update(zip(columns, normalised(vr, value), strict=True))
     return row
+
+
+@cache
+def _columns(levels: tuple[Level, ...]) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+    """Return keyword, VR and columns of the attributes of some levels."""
+    return tuple((keyword, vr, COLUMN_NAMES[keyword]) for keyword, (level, vr) in INDEXED.items() if level in levels)
 
 
 def _storage_values(record: InstanceRecord, attributes: Mapping[str, list[str] | None]) -> dict[str, Any]:

@@ -54,11 +54,11 @@ class Landing:
         """Make a landing file; Unavailable when the disk is full or has failed."""
         self.check()
         try:
-            path = self._folder() / secrets.token_hex(16)
+            path = f"{self._folder()}/{secrets.token_hex(16)}"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self.failure(error) from error
-        return LandingFile(self, path, descriptor)
+        return LandingFile(self, Path(path), descriptor)
 
     def flown(self, byte_count: int) -> None:
         """Note bytes that came into flight, or left it (negative).
@@ -227,7 +227,7 @@ class LandingFile:
         """Close and remove; no error when the store has consumed the file."""
         self.close()
         with suppress(OSError):  # a file that cannot be removed is ciphertext without a row; the next start sweeps it
-            self.path.unlink(missing_ok=True)
+            self.path.unlink()
 
 
 class LandingReader:

@@ -205,11 +205,11 @@ class DirectoryStore:
         The digest needs no second reading here: the file is the one that was sealed, flushed and never reopened. Its
         length is compared, against a mix-up of files.
         """
-        name = Path(relative_path(object_key)).name
+        name = relative_path(object_key)[3:]
         try:
-            folder = os.open(self._root / object_key[:2], _FOLDER)
+            folder = os.open(f"{self._root}/{name[:2]}", _FOLDER)
             try:
-                landed = path.stat(follow_symlinks=False)
+                landed = os.lstat(path)
                 if not stat.S_ISREG(landed.st_mode) or landed.st_size != sealed.byte_count:
                     raise wrong_length(object_key, landed.st_size, sealed.byte_count)
                 try:

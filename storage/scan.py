@@ -90,6 +90,7 @@ _WIDTHS: Mapping[bytes, int] = {b"US": 2, b"UL": 4}
 _PIXELS = frozenset({PIXEL_DATA, FLOAT_PIXEL_DATA, DOUBLE_FLOAT_PIXEL_DATA})
 
 _UID = re.compile(r"[0-9]+(?:\.[0-9]+)*\Z", re.ASCII)
+_WHOLE_NUMBER = re.compile(r"\+?[0-9]{1,10}", re.ASCII)
 _GZIP_TRAILER = struct.Struct("<II")
 _INFLATE_STEP = 262_144
 _INFLATE_FLOOR = 1_048_576
@@ -518,7 +519,7 @@ class DataSetScanner:
 
     def _number(self, tag: int, name: str, here: int) -> int:
         values = self._texts(tag)
-        if len(values) != 1 or not re.fullmatch(r"\+?[0-9]{1,10}", values[0], re.ASCII):
+        if len(values) != 1 or not _WHOLE_NUMBER.fullmatch(values[0]):
             self._refuse(tag, here, f"{name} is not one whole number, which the pixel data that begins here needs")
         return int(values[0])
 

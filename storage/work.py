@@ -293,7 +293,7 @@ class WorkQueue:
         TypeError
             The payload cannot be written as JSON.
         """
-        payload = json.dumps(dict(job.payload), sort_keys=True, separators=(",", ":"))
+        payload = json.dumps(dict(job.payload), sort_keys=True, separators=(",", ":")) if job.payload else "{}"
         digest = hashlib.sha256(payload.encode()).hexdigest()[:32] if job.payload else ""
         made = _ENQUEUE[connection.dialect.name].scalar(
             connection,
