@@ -105,7 +105,7 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
     section = settings.dimse
     observe = partial(_observe, metrics)
     tls = server_tls(settings)
-    with Refusals(database=parts.database) as refusals:
+    with Refusals(database=parts.database, audit=parts.audit) as refusals:
         services = (
             QuerySCP(
                 database=parts.database,

@@ -2,7 +2,8 @@
 
 Whoever refuses calls :meth:`Refusals.note` and goes on: a bounded queue takes it, one thread writes it some moments later. A stranger who
 knocks a thousand times a second costs a row with a high count and one write a second; one who gives a new name each time gets a bounded
-number of rows. No patient data: AE titles, addresses, names of SOP classes, and our own sentences.
+number of rows. What is about who somebody is goes into the audit trail too, once an hour for what repeats. No patient data: AE titles,
+addresses, names of SOP classes, and our own sentences.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from sqlalchemy import BigInteger, Column, Index, Row, Table, Text, bindparam, delete, func, select
@@ -21,6 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.database import METADATA, from_micros, to_micros
 from storage.errors import StorageError
+from storage.records import AuditEvent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+    from storage.audit import AuditTrail
     from storage.database import Database
 
 REFUSALS = Table(
@@ -62,6 +65,8 @@ VARIOUS: Final = "(various)"
 _OF_ONE_ADDRESS = 200
 _ADDRESSES = 500
 _WINDOW_S = 3600.0
+_ALERTS = frozenset({"association", "identity", "tls"})
+"""Kinds that are security alerts (DICOM PS3.15 A.5.3.12)."""
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +86,7 @@ _EDGE = select(REFUSALS.c.last_at, REFUSALS.c.digest).order_by(REFUSALS.c.last_a
 _BEYOND = delete(REFUSALS).where(
     (REFUSALS.c.last_at < bindparam("edge_at")) | ((REFUSALS.c.last_at == bindparam("edge_at")) & (REFUSALS.c.digest > bindparam("edge")))
 )
+_LAST_OF = select(REFUSALS.c.digest, REFUSALS.c.last_at).where(REFUSALS.c.digest.in_(bindparam("digests", expanding=True)))
 _LAST_OF_PEERS = select(REFUSALS.c.peer, func.max(REFUSALS.c.last_at)).where(REFUSALS.c.peer != "").group_by(REFUSALS.c.peer)
 
 
@@ -143,12 +149,22 @@ class Refusals:
         Longest time that a note waits while the database answers; also the pause between writes.
     retry_s
         Pause after a write that failed.
+    audit
+        Takes ``association.refused`` for associations, identities and certificates that were refused; None: nobody does.
     """
 
     def __init__(
-        self, *, database: Database, capacity: int = 10_000, waiting: int = 2_000, every_s: float = 1.0, retry_s: float = 5.0
+        self,
+        *,
+        database: Database,
+        capacity: int = 10_000,
+        waiting: int = 2_000,
+        every_s: float = 1.0,
+        retry_s: float = 5.0,
+        audit: AuditTrail | None = None,
     ) -> None:
         self._database = database
+        self._audit = audit
         self._capacity = capacity
         self._waiting = waiting
         self._every_s = every_s
@@ -310,13 +326,15 @@ class Refusals:
         rows = [{"digest": digest, **_values(pending[digest])} for digest in sorted(pending)]
 
         def work(connection: Connection) -> None:
+            if self._audit is not None:
+                self._alert(self._audit, connection, pending)
             connection.execute(_UPSERT[connection.dialect.name], rows)
             edge = connection.execute(_EDGE.offset(self._capacity - 1).limit(1)).first()
             if edge is not None:
                 connection.execute(_BEYOND, {"edge_at": edge.last_at, "edge": edge.digest})
 
         try:
-            self._database.write(work, ordered=False)
+            self._database.write(work, ordered=self._audit is not None)
         except StorageError as error:
             if not self._unavailable:  # said once an outage
                 _log.warning("refusals.unwritten", extra={"reason": str(error)})
@@ -328,6 +346,20 @@ class Refusals:
             return True
         self._unavailable = False
         return True
+
+    def _alert(self, audit: AuditTrail, connection: Connection, pending: Mapping[str, Refusal]) -> None:
+        """Audit what was not refused within the last hour, in the transaction that says so in the diary."""
+        alerts = {digest: refusal for digest, refusal in pending.items() if refusal.kind in _ALERTS}
+        if not alerts:
+            return
+        last = {row.digest: from_micros(row.last_at) for row in connection.execute(_LAST_OF, {"digests": sorted(alerts)})}
+        for digest, refusal in sorted(alerts.items()):
+            if digest in last and refusal.last_at - last[digest] < timedelta(seconds=_WINDOW_S):
+                continue
+            detail: dict[str, object] = {"kind": refusal.kind, "address": refusal.address, "calling_ae_title": refusal.calling_ae_title}
+            detail |= {"called_ae_title": refusal.called_ae_title, "count": refusal.count}
+            actor = refusal.peer or refusal.calling_ae_title or refusal.address
+            audit.append(connection, AuditEvent("association.refused", outcome=refusal.reason, actor=actor, detail=detail))
 
     def _drop(self, count: int) -> None:
         with self._lock:

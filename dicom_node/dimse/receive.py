@@ -75,7 +75,7 @@ class ReceiveLimits:
     foreign_bytes: int = 16 * 1024**2
     """Data set (identifier) of a message other than C-STORE."""
     foreign_bytes_of_all: int = 32 * 1024**2
-    """Data sets of messages other than C-STORE that all associations of the process hold at once; the library takes twice as much for them."""
+    """Data sets of messages other than C-STORE that all associations of the process hold at once; the library needs twice as much."""
 
 
 class Waker:

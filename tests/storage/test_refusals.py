@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage.audit import AuditTrail
 from storage.database import Database
 from storage.refusals import VARIOUS, Refusals, printable
 from tests.storage.support import open_database
 
 
 @contextmanager
-def diary(database: Database, **options: float) -> Iterator[Refusals]:
+def diary(database: Database, **options: object) -> Iterator[Refusals]:
     """A diary that writes at once."""
     refusals = Refusals(database=database, every_s=0.01, retry_s=0.01, **options)  # type: ignore[arg-type]
     try:
@@ -39,6 +40,39 @@ def test_repeats_are_one_row(database: Database) -> None:
         (row,) = first.all()
     assert (row.count, row.calling_ae_title, row.address, row.remedy) == (101, "X", "10.1.2.3", "add it")
     assert row.first_at <= row.last_at
+
+
+def test_who_was_refused_is_audited_once(database: Database) -> None:
+    """A caller that is turned away again and again, by two processes, is one audit event (threats.md row 11); instances are none."""
+    audit = AuditTrail(database=database)
+    with diary(database, audit=audit) as first, diary(database, audit=audit) as second:
+        for refusals in (first, second):
+            for _ in range(30):
+                refusals.note(kind="association", reason="AE title 'X' at 10.1.2.3 is no peer", calling_ae_title="X", address="10.1.2.3")
+                refusals.note(kind="instance", reason="0xC000: no data set", calling_ae_title="X", address="10.1.2.3")
+            assert refusals.flush()
+        first.note(kind="tls", reason="TLS: no certificate", address="10.1.2.3")
+        assert first.flush()
+    events = [entry.event for entry in audit.entries()]
+    assert [(event.action, event.actor) for event in events] == [("association.refused", "X"), ("association.refused", "10.1.2.3")]
+    assert events[0].outcome == "AE title 'X' at 10.1.2.3 is no peer"
+    assert audit.verify() is None
+
+
+def test_an_alert_is_given_again_after_an_hour(tmp_path: Path) -> None:
+    """What is still refused an hour later is another audit event."""
+    moments = iter([datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes) for minutes in (0, 50, 120)])
+    now = [next(moments)]
+    database = open_database(tmp_path, clock=lambda: now[0])
+    database.migrate()
+    audit = AuditTrail(database=database)
+    with diary(database, audit=audit) as refusals:
+        for expected in (1, 1, 2):
+            refusals.note(kind="association", reason="no peer", calling_ae_title="X", address="10.1.2.3")
+            assert refusals.flush()
+            assert len(list(audit.entries())) == expected
+            now[0] = next(moments, now[0])
+    database.close()
 
 
 def test_the_newest_come_first_and_can_be_chosen(database: Database) -> None:
