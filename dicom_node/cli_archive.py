@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, settings_of
+from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, runnable, settings_of
 from storage.records import AuditEvent
 
 hold_app = typer.Typer(
@@ -33,6 +33,8 @@ def nodes(context: typer.Context, config_file: ConfigOption = None) -> None:
     from storage.nodes import Lying
 
     if context.invoked_subcommand is not None:
+        if config_file is not None:
+            context.default_map = {context.invoked_subcommand: {"config_file": str(config_file)}}
         return
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
         lying, now = parts.nodes.lying(), parts.database.clock()
@@ -96,7 +98,7 @@ def duties(config_file: ConfigOption = None) -> None:
                     f"{duty.finished_at:%Y-%m-%d %H:%M:%S}" if duty.finished_at else "never",
                     f"{duty.due_at:%Y-%m-%d %H:%M:%S}",
                     duty.holder,
-                    duty.outcome,
+                    runnable(duty.outcome),
                 )
                 for duty in Duties(database=parts.database, holder="").all()
             ],
@@ -228,7 +230,7 @@ def migrate(
     """Move index, queue and audit trail into another database, for example from SQLite to PostgreSQL; the node may run.
 
     While it copies, senders are told to try again. At the end the old database refuses every use: start the node with the new
-    configuration.
+    configuration. The ring moves with it: its copy has to be in the new place before.
     """
     from dicom_node import storehouse
     from storage.copying import move_database
@@ -237,7 +239,12 @@ def migrate(
     with faults_as_sentences():
         old, new = settings_of(config_file), settings_of(to)
         ring = Ring.load(old.ring_file)
-        source, target = storehouse.open_database(old, ring), storehouse.open_database(new, Ring.load(new.ring_file))
+        if not new.ring_file.exists():
+            raise fail(f"there is no key ring at {new.ring_file}: copy {old.ring_file} there; what is archived opens with that ring alone")
+        moved = Ring.load(new.ring_file)
+        if moved.database_key() != ring.database_key():
+            raise fail(f"{new.ring_file} is another ring: put a copy of {old.ring_file} there; what is archived opens with that ring alone")
+        source, target = storehouse.open_database(old, ring), storehouse.open_database(new, moved)
         try:
             target.migrate()
             with progress_bar("moving") as progress:
@@ -290,7 +297,7 @@ def backup(
     from dicom_node import storehouse
     from storage.backup import back_up
 
-    with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+    with faults_as_sentences(), storehouse.storage(settings := settings_of(config_file)) as parts:
         with progress_bar("backing up") as progress:
             made = back_up(
                 folder,
@@ -299,6 +306,7 @@ def backup(
                 store=parts.store,
                 ring=parts.ring,
                 spool=parts.spool,
+                data_dir=settings.node.data_dir,
                 with_ring=with_ring,
                 keep=keep,
                 progress=lambda _what, done: progress(done, None),
@@ -351,7 +359,7 @@ def restore(
             with progress_bar("verifying") as progress:
                 report = parts.archive.verify(progress=progress)
             for line in report.lines():
-                typer.echo(line)
+                typer.echo(runnable(line))
             parts.audit.record(
                 AuditEvent(
                     action="archive.restored",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, settings_of
+from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, runnable, settings_of
 from storage.records import AuditEvent
 
 keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The ring of wrapping keys.")
@@ -43,7 +44,11 @@ def keys_add(config_file: ConfigOption = None) -> None:
         path = settings.ring_file
         key_id = Ring.add(path, wrapping_key(settings))
         typer.echo(f"{path}: key {key_id} added; running processes of this node use it within a second.")
-        typer.echo("Renew the copy in the safe place, and give it to every node that shares the database, before `keys rotate`.")
+        typer.echo(
+            runnable(
+                "Renew the copy in the safe place, and give it to every node that shares the database, before `dicom-node keys rotate`."
+            )
+        )
 
 
 @keys_app.command("promote")
@@ -70,7 +75,7 @@ def keys_list(config_file: ConfigOption = None) -> None:
             with storehouse.storage(settings) as parts:
                 counts: dict[str, int] | None = parts.study_keys.counts()
         except Unavailable as error:
-            err.print(f"how many study keys each wraps is not known: {error}", style="dim")
+            err.print(Text(runnable(f"how many study keys each wraps is not known: {error}"), style="dim"))
             counts = None
         print_rows(
             ("key", "made", "use", "wraps", "where"),
@@ -98,7 +103,10 @@ def keys_rotate(config_file: ConfigOption = None) -> None:
         detail = {"primary": parts.ring.primary_key_id, "re_wrapped": done}
         parts.audit.record(AuditEvent(action="keys.rotated", outcome="success", actor="operator", detail=detail))
         typer.echo(
-            f"{done} study keys re-wrapped by {parts.ring.primary_key_id}; older keys may now be removed: `keys list`, `keys remove`"
+            runnable(
+                f"{done} study keys re-wrapped by {parts.ring.primary_key_id}; older keys may now be removed: `dicom-node keys list`, "
+                "`dicom-node keys remove KEY`"
+            )
         )
 
 

@@ -31,7 +31,7 @@ from sqlalchemy import select
 
 from storage.copying import copy_database
 from storage.database import Database, utc_now
-from storage.errors import InstanceNotFound, Unavailable
+from storage.errors import InstanceNotFound, StorageError, Unavailable
 from storage.objects import CHUNK, DirectoryStore, disk_unavailable
 from storage.places import chunks_of
 from storage.records import JobKind
@@ -88,6 +88,7 @@ def back_up(
     store: ObjectStore,
     ring: Ring,
     spool: DirectoryStore | None = None,
+    data_dir: Path | None = None,
     with_ring: bool = False,
     keep: int = 7,
     clock: Callable[[], datetime] = utc_now,
@@ -95,11 +96,23 @@ def back_up(
 ) -> BackedUp:
     """Make a backup in `folder`, or bring the one there up to date. The archive goes on meanwhile.
 
+    Parameters
+    ----------
+    data_dir
+        Where the node keeps what is its own: no backup is made there.
+
     Raises
     ------
+    StorageError
+        `folder` is `data_dir`, or lies in it.
     Unavailable
         Database, store or disk; the backup that was there stays good.
     """
+    if data_dir is not None and folder.resolve().is_relative_to(data_dir.resolve()):
+        raise StorageError(
+            f"{folder} lies in {data_dir}, where the node keeps the archive itself: what takes one takes the other, and both have a folder "
+            "`objects`; nothing was written. Name a folder on another disk"
+        )
     try:
         _make(folder)
         moment = clock().astimezone(UTC)

@@ -72,3 +72,51 @@ def test_a_key_is_changed(typed: Type) -> None:
     assert former not in typed("keys", "list").stdout
     with opened() as parts:
         assert [entry.event.action for entry in parts.audit.entries()] == ["keys.rotated", "keys.removed"]
+
+
+def test_nothing_is_backed_up_into_the_node(typed: Type, tmp_path: Path) -> None:
+    """`backup` into the data folder, where it would write over the archive's own folders, is a sentence, and nothing is written."""
+    refused = typed("backup", str(tmp_path / "backups"))
+    assert (refused.exit_code, "Name a folder on another disk" in refused.stderr) == (1, True)
+    assert not (tmp_path / "backups").exists()
+
+
+@pytest.fixture
+def written(typed: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Write the configuration of the archive to a file, which nothing but --config names; without it the defaults hold, of no archive."""
+    monkeypatch.delenv("DICOM_NODE_NODE__DATA_DIR")
+    monkeypatch.chdir(tmp_path.parent)
+    file = tmp_path / "node.toml"
+    file.write_text(f'[node]\ndata_dir = "{tmp_path}"\n')
+    return str(file)
+
+
+def test_the_group_takes_the_configuration(typed: Type, written: str) -> None:
+    """`nodes --config X lost ID` looks at X, as `nodes lost ID --config X` does, and says so in its hint."""
+    for words in (("nodes", "--config", written, "lost", LOST, "--yes"), ("nodes", "lost", LOST, "--yes", "--config", written)):
+        refused = typed(*words)
+        assert refused.exit_code == 1
+        assert f"no node {LOST} is registered; `dicom-node nodes --config {written}` shows those that are" in refused.stderr
+
+
+def test_hints_about_keys_can_be_typed(typed: Type, written: str) -> None:
+    """What `keys add` and `keys rotate` tell to do next carries the program and the configuration."""
+    assert f"`dicom-node keys rotate --config {written}`" in typed("keys", "add", "--config", written).stdout
+    assert f"`dicom-node keys list --config {written}`" in typed("keys", "rotate", "--config", written).stdout
+
+
+def test_the_ring_moves_with_the_database(typed: Type, written: str, tmp_path: Path) -> None:
+    """`migrate` to a folder without a ring, or with another: the old one is to be copied, and no new one made. With it, all is moved."""
+    new = tmp_path / "new"
+    (new / "keys").mkdir(parents=True, mode=0o700)
+    file = tmp_path / "new.toml"
+    file.write_text(f'[node]\ndata_dir = "{new}"\n')
+    ring, copy = tmp_path / "keys" / "ring.json", new / "keys" / "ring.json"
+    words = ("migrate", "--config", written, "--to", str(file))
+    refused = typed(*words)
+    assert (refused.exit_code, f"copy {ring} there" in refused.stderr, "keys init" in refused.output) == (1, True, False)
+    Ring.create(copy)
+    refused = typed(*words)
+    assert (refused.exit_code, f"{copy} is another ring" in refused.stderr) == (1, True)
+    copy.write_bytes(ring.read_bytes())
+    assert typed(*words).exit_code == 0

@@ -11,7 +11,7 @@ import pytest
 
 from storage.backup import back_up, newest, restore, restore_ring
 from storage.differences import differences
-from storage.errors import InstanceNotFound, IntegrityError, Unavailable
+from storage.errors import InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.keys import Ring
 from storage.objects import ObjectStore
 from storage.records import JobKind, JobState
@@ -129,6 +129,19 @@ def test_a_backup_is_a_folder(house: House, tmp_path: Path) -> None:
         with pytest.raises(Unavailable, match=r"backup\.tar is a file, and a backup is a folder"):
             backed_up(house, place)
     assert file.read_bytes() == b"mine"
+
+
+def test_a_backup_lies_beside_the_node(house: House, tmp_path: Path) -> None:
+    """Into the node's own folder, or below it, also by a link: a sentence that names both, and not a file is touched."""
+    sample = photograph()
+    house.ingest(sample)
+    (tmp_path / "link").symlink_to(house.folder)
+    before = sorted(house.folder.rglob("*"))
+    for place in (house.folder, house.folder / "backups", tmp_path / "link" / "new", tmp_path / "x" / ".." / "house"):
+        with pytest.raises(StorageError, match=r"where the node keeps the archive itself.+Name a folder on another disk"):
+            backed_up(house, place, data_dir=house.folder)
+    assert sorted(house.folder.rglob("*")) == before
+    backed_up(house, tmp_path / "house 2", data_dir=house.folder)
 
 
 def test_what_had_landed_on_the_lost_node(houses: Build, s3_store: ObjectStore, tmp_path: Path) -> None:
