@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import os
 import secrets
 import socket
@@ -348,6 +349,8 @@ def _dimse(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
 
     with dimse_door(settings, parts, metrics) as scp:
         scp.start()
+        gc.collect()
+        gc.freeze()  # what was imported stays for good: collections that look at it again and again cost a tenth of the rate
         ready()
         threading.Thread(target=watch_certificates, args=(settings, stop, metrics.certificate), name="certificates", daemon=True).start()
         stop.wait()

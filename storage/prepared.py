@@ -73,7 +73,7 @@ class Prepared:
             if type(value) is str and "\0" in value:  # the same on both engines; one of them refuses NUL
                 values = {name: storable(one) if isinstance(one, str) else one for name, one in values.items()}
                 break
-        driver: Any = connection.connection.driver_connection
+        driver: Any = connection.connection.dbapi_connection  # the driver's own with both drivers
         try:
             return driver.execute(made.text, values if made.ordered is None else made.ordered(values))
         except made.error as error:
