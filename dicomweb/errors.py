@@ -25,7 +25,16 @@ import errno
 from collections.abc import Mapping
 from typing import Any
 
-from storage.errors import ColdObject, InstanceNotFound, IntegrityError, InvalidInstance, InvalidQuery, StorageError, Unavailable
+from storage.errors import (
+    ColdObject,
+    InstanceNotFound,
+    IntegrityError,
+    InvalidInstance,
+    InvalidQuery,
+    LostObject,
+    StorageError,
+    Unavailable,
+)
 
 
 class WebError(Exception):
@@ -99,6 +108,7 @@ TITLES: Mapping[int, str] = {
     405: "Method Not Allowed",
     406: "Not Acceptable",
     408: "Request Timeout",
+    410: "Gone",
     413: "Content Too Large",
     415: "Unsupported Media Type",
     417: "Expectation Failed",
@@ -112,6 +122,7 @@ TABLE: Mapping[type[StorageError], tuple[int, str]] = {
     InstanceNotFound: (404, "no such study, series or instance under this parent"),
     ColdObject: (503, "the instances lie in cold storage; their restore has begun, ask again after the time that Retry-After says"),
     Unavailable: (503, "the archive cannot be read or written now; nothing was lost, try again later"),
+    LostObject: (410, "an instance was lost with the disk that it lay on and has to be sent again; others can be retrieved one by one"),
     IntegrityError: (500, "the stored bytes failed their integrity check; the operator has been alarmed"),
     InvalidInstance: (500, "the stored instance cannot be read"),
     InvalidQuery: (400, ""),  # its message names a keyword and what is expected, never a value

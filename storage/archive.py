@@ -26,6 +26,7 @@ from storage.failpoints import unarmed
 from storage.holds import Holds
 from storage.intake import Intake
 from storage.landing import Landing
+from storage.nodes import lost_with
 from storage.orphans import Orphans
 from storage.places import Acknowledge, Places
 from storage.quarantine import Quarantine
@@ -154,7 +155,7 @@ class Archive:
         self._clock = clock
         self._node_id = node_id
         self._holds = Holds(database=database, audit=audit)
-        self._places = Places(store=store, spool=spool, cache=cache, node_id=node_id)
+        self._places = Places(store=store, spool=spool, cache=cache, node_id=node_id, lost=partial(lost_with, database))
         self._admission = Admission(
             database=database,
             index=index,

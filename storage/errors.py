@@ -11,7 +11,8 @@
     ├── InvalidQuery             a matching key that cannot be read   0xA900  no retry
     ├── LeaseLost                another worker holds the job now     0x0110  no retry
     ├── Unavailable              store, database or disk              0xA700  retry
-    │   └── ColdObject           in a cold storage class, being restored
+    │   ├── ColdObject           in a cold storage class, being restored
+    │   └── LostObject           lost with the disk of a node           0xA700  no retry
     └── IntegrityError           tag, digest or chain mismatch        0x0110  no retry, alarm
 
 References
@@ -90,6 +91,16 @@ class ColdObject(Unavailable):
     def __init__(self, message: str, retry_after_s: int = 14_400) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class LostObject(Unavailable):
+    """The object lay on the disk of a node alone that was declared lost: until the instance is sent again there is nothing to read.
+
+    Neither not found (the row is there, and a query gives it) nor a fault to alarm about (the loss was declared, and is in the audit
+    trail). To ask again does not help; to send the instance does. HTTP answers 410.
+    """
+
+    retryable = False
 
 
 class IntegrityError(StorageError):

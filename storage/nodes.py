@@ -56,6 +56,12 @@ _GONE = (
     .group_by(JOBS.c.home)
 )
 
+_LOST_ONE = (
+    select(JOBS.c.id)
+    .where(JOBS.c.sop_instance_uid == bindparam("uid"), _BRINGING, JOBS.c.home == bindparam("node"), LOST, JOBS.c.due_at.is_(None))
+    .limit(1)
+)
+
 SEEN_EVERY_S = 15.0
 """How often a node says that it lives."""
 _WATCH_S: Final = 45.0
@@ -230,6 +236,18 @@ class Nodes:
         """Return every node, the one seen last first."""
         with self._database.read() as connection:
             return [_node(row) for row in connection.execute(select(NODES).order_by(NODES.c.seen_at.desc(), NODES.c.node_id))]
+
+
+def lost_with(database: Database, node_id: str, sop_instance_uid: str) -> bool:
+    """Tell whether an instance that its row says lies on the disk of a node alone was lost with it.
+
+    Raises
+    ------
+    Unavailable
+        The database cannot be read now.
+    """
+    with database.read() as connection:
+        return connection.scalar(_LOST_ONE, {"uid": sop_instance_uid, "node": node_id}) is not None
 
 
 def _node(row: Row[Any]) -> Node:

@@ -14,7 +14,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from storage.errors import InstanceNotFound, IntegrityError, StorageError, Unavailable
+from storage.errors import InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,6 +46,8 @@ class Places:
         Of the node whose spool it is.
     cached_bytes
         Largest object that is copied into the cache when it is read.
+    lost
+        Whether an instance (its SOP Instance UID comes second) was lost with the disk of the node that comes first.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Places:
         cache: ReadCache | None = None,
         node_id: str = "",
         cached_bytes: int = 16 * 1024**2,
+        lost: Callable[[str, str], bool] = lambda _node_id, _uid: False,
     ) -> None:
         if spool is not None and not node_id:
             raise ValueError("a spool belongs to a node: give node_id")
@@ -64,6 +67,7 @@ class Places:
         self._cache = cache
         self._node_id = node_id
         self._cached_bytes = cached_bytes
+        self._lost = lost
 
     @property
     def spool(self) -> DirectoryStore | None:
@@ -137,6 +141,8 @@ class Places:
         ------
         InstanceNotFound
             It is in no place where it could be.
+        LostObject
+            It lay on the disk of a node that was declared lost.
         ColdObject, Unavailable
             It cannot be read now, or lies on another node's disk yet.
         """
@@ -150,10 +156,16 @@ class Places:
             try:
                 return self.store.open(object_key)  # perhaps it was moved meanwhile
             except InstanceNotFound as error:
+                self.require_not_lost(record.landed_on, record.summary.sop_instance_uid)
                 raise Unavailable(
                     f"the object lies on node {record.landed_on} yet, which brings it into the store; start that node, or wait for it"
                 ) from error
         return self._cached(record.sealed) or self.store.open(object_key)
+
+    def require_not_lost(self, node_id: str, sop_instance_uid: str) -> None:
+        """Raise LostObject when an instance was lost with the disk of a node: nobody brings it any more, whoever waits."""
+        if self._lost(node_id, sop_instance_uid):
+            raise LostObject(f"the object lay on the disk of node {node_id} alone, which was declared lost: have the instance sent again")
 
     def require_whole(self, record: InstanceRecord) -> None:
         """Read the object of `record` from where its row says it lives, never from the cache, and compare its digest.
@@ -164,10 +176,13 @@ class Places:
             It is gone.
         IntegrityError
             It is not what was sealed.
+        LostObject
+            It lay on the disk of a node that was declared lost.
         ColdObject, Unavailable
             It cannot be read now.
         """
         if record.landed_on and record.landed_on != self._node_id:
+            self.require_not_lost(record.landed_on, record.summary.sop_instance_uid)
             raise Unavailable(f"the object lies on the disk of node {record.landed_on}: only that node can read it yet")
         reader = self.open(record) if record.landed_on else self.store.open(record.sealed.object_key)
         try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from storage.errors import ColdObject, InstanceNotFound, IntegrityError, Unavailable
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, Unavailable
 from storage.records import AuditEvent
 from storage.scrub import Elsewhere, Unread, alarm, check_object
 
@@ -38,21 +38,27 @@ class Reconciliation:
     """Object keys that the store knows and the index does not: left by a crash, or the index is older than the store."""
     audit_fault: str = ""
     """First break of the audit trail's chain; empty when there is none."""
-    unread: int = 0
-    """Of the objects: those in a cold class, whose length alone was compared, and those on another node's disk yet."""
+    cold: int = 0
+    """Of the objects: in a cold class, their length alone was compared."""
+    elsewhere: int = 0
+    """Of the objects: on another node's disk yet."""
+    lost: list[str] = field(default_factory=list)
+    """Object keys of instances that were lost with the disk of a node that was declared lost, and were not sent again yet."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Object key -> why the store or its disk cannot give it now, though it gives others."""
 
     @property
     def intact(self) -> bool:
         """Whether nothing that was acknowledged is lost, changed or in doubt; objects without a row are no loss."""
-        return not self.missing and not self.damaged and not self.unreadable and not self.audit_fault
+        return not self.missing and not self.damaged and not self.unreadable and not self.lost and not self.audit_fault
 
     def lines(self) -> list[str]:
         """Return the findings for people, one a line; object keys, no identities."""
         return [
             f"{self.checked} objects read, {self.byte_count} bytes",
-            *([f"{self.unread} of them lie in a cold class or on another node's disk: not read"] if self.unread else []),
+            *([f"{self.cold} of them lie in a cold class: their length alone was compared"] if self.cold else []),
+            *([f"{self.elsewhere} of them lie on another node's disk yet: not read"] if self.elsewhere else []),
+            *(f"object {key} was lost with the disk of its node: have the instance sent again" for key in self.lost),
             *(f"object {key} is gone from the store" for key in self.missing),
             *(f"object {key}: {reason}" for key, reason in self.damaged.items()),
             *(f"object {key} cannot be read now, others can: {reason}" for key, reason in self.unreadable.items()),
@@ -84,14 +90,20 @@ def verify(
     missing: list[str] = []
     damaged: dict[str, str] = {}
     unreadable: dict[str, str] = {}
+    lost: list[str] = []
     patience = Unread()
-    checked = byte_count = unread = 0
+    checked = byte_count = cold = elsewhere = 0
     for known in index.all_objects():
         try:
             check_object(known, index=index, places=places, study_keys=study_keys, thorough=True)
             patience.over()
-        except (ColdObject, Elsewhere):
-            unread += 1
+        except ColdObject:
+            cold += 1
+        except Elsewhere:
+            elsewhere += 1
+        except LostObject:
+            lost.append(known.object_key)
+            continue
         except Unavailable as error:
             patience.note(known.object_key, error)
             unreadable[known.object_key] = str(error)
@@ -116,18 +128,31 @@ def verify(
     known_now = index.known_objects(unindexed)
     unindexed = [object_key for object_key in unindexed if object_key not in known_now and _there(store, object_key)]
     fault = audit.verify()
-    found = Reconciliation(checked, byte_count, missing, damaged, unindexed, fault.reason if fault else "", unread, unreadable)
+    found = Reconciliation(
+        checked=checked,
+        byte_count=byte_count,
+        missing=missing,
+        damaged=damaged,
+        unindexed=unindexed,
+        audit_fault=fault.reason if fault else "",
+        cold=cold,
+        elsewhere=elsewhere,
+        lost=lost,
+        unreadable=unreadable,
+    )
     audit.record(
         AuditEvent(
             action="archive.verified",
-            outcome="success" if found.intact else "objects or audit records are missing, damaged or cannot be read",
+            outcome="success" if found.intact else "objects or audit records are missing, lost, damaged or cannot be read",
             actor="node",
             detail={
                 "checked": checked,
                 "missing": len(missing),
                 "damaged": len(damaged),
                 "unindexed": len(unindexed),
-                "unread": unread,
+                "cold": cold,
+                "elsewhere": elsewhere,
+                "lost": len(lost),
                 "unreadable": len(unreadable),
             },
         ),

@@ -21,7 +21,7 @@ from sqlalchemy import bindparam, select, update
 
 from storage.admission import event_of
 from storage.envelope import Opener, Sealer
-from storage.errors import ColdObject, InstanceNotFound, IntegrityError, StorageError, Unavailable
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.objects import CHUNK
 from storage.places import digest_of
@@ -74,6 +74,8 @@ class Scrubbed:
     """Whose length alone was compared: they lie in a cold class."""
     elsewhere: int = 0
     """On another node's disk yet."""
+    lost: int = 0
+    """With the disk of a node that was declared lost, and not sent again yet."""
     unreadable: int = 0
     """The store (or its disk) cannot give them now, though it gives others; the log names them."""
     unindexed: int = 0
@@ -147,7 +149,9 @@ class Scrub:
             after = ""
         event = AuditEvent(
             action="archive.scrubbed",
-            outcome="success" if found.missing + found.damaged + found.unreadable == found.healed and not found.audit_fault else "damage",
+            outcome="success"
+            if found.missing + found.damaged + found.unreadable + found.lost == found.healed and not found.audit_fault
+            else "damage",
             actor="node",
             detail={field.name: getattr(found, field.name) for field in fields(found)},
         )
@@ -176,6 +180,9 @@ class Scrub:
             found.cold += 1
         except Elsewhere:
             found.elsewhere += 1
+        except LostObject:
+            found.lost += 1
+            return
         except (InstanceNotFound, IntegrityError) as error:
             record = self._index.record_of_object(known.object_key)
             if record is None:
@@ -338,6 +345,8 @@ def check_object(
         It lies in a cold class, in its full length.
     Elsewhere
         It lies on another node's disk.
+    LostObject
+        It was lost with the disk of another node.
     Unavailable
         It cannot be read now.
     """
@@ -356,6 +365,7 @@ def check_object(
 
 def _opened(known: ArchivedObject, places: Places) -> ObjectReader:
     if known.landed_on and known.landed_on != places.node_id:
+        places.require_not_lost(known.landed_on, known.sop_instance_uid)
         raise Elsewhere("the object lies on another node's disk yet")
     if known.landed_on and places.spool is not None:
         return places.spool.open(known.object_key)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import ConflictingInstance, InstanceNotFound, StorageError, Unavailable
+from dicomweb.errors import from_storage
+from storage.errors import ConflictingInstance, InstanceNotFound, LostObject, StorageError, Unavailable
 from storage.loss import Loss, Losses
 from storage.nodes import Nodes
 from storage.records import Job, JobKind, JobState, NewReport, Outcome
@@ -100,8 +101,9 @@ def test_what_is_gone_is_lost_by_name_and_comes_back_when_it_is_sent_again(
     assert declared(alive) == Losses()
     assert alive.actions().count("instance.lost") == 1
     assert {job["state"] for job in alive.archive.trace(sample.sop_instance_uid)["instances"][0]["jobs"]} == {"dead"}
-    with pytest.raises(Unavailable):
+    with pytest.raises(LostObject, match="declared lost: have the instance sent again") as gone:
         alive.read(sample.sop_instance_uid)
+    assert from_storage(gone.value).status == 410
     again = houses(store=store_of(lying), node_id=ALIVE, acknowledge=lambda _: policy)
     assert again.ingest(sample).outcome is Outcome.STORED
     assert again.read(sample.sop_instance_uid) == sample.data_set
@@ -110,6 +112,26 @@ def test_what_is_gone_is_lost_by_name_and_comes_back_when_it_is_sent_again(
     bring_all(again)
     assert again.archive.verify().intact
     assert nothing_waits(again)
+
+
+def test_what_is_lost_is_told_from_what_is_elsewhere(dead: House, alive: House) -> None:
+    """`verify` and scrub: until it is declared, the object is on another node's disk; then it is lost by name, and not whole."""
+    sample = photograph()
+    dead.ingest(sample)
+    burnt(dead)
+    with pytest.raises(Unavailable, match="start that node, or wait for it") as waiting:
+        alive.read(sample.sop_instance_uid)
+    assert not isinstance(waiting.value, LostObject)
+    found, round_ = alive.archive.verify(), alive.archive.scrub().round()
+    assert (found.checked, found.elsewhere, found.lost, found.intact) == (1, 1, [], True)
+    assert (round_.checked, round_.elsewhere, round_.lost) == (1, 1, 0)
+    declared(alive)
+    found, round_ = alive.archive.verify(), alive.archive.scrub().round()
+    key = alive.index.find(sample.sop_instance_uid).sealed.object_key
+    assert (found.checked, found.elsewhere, found.lost, found.intact) == (0, 0, [key], False)
+    assert f"object {key} was lost with the disk of its node: have the instance sent again" in found.lines()
+    assert (round_.checked, round_.elsewhere, round_.lost) == (0, 0, 1)
+    assert "instance.damaged" not in alive.actions()
 
 
 def test_what_the_store_has_is_found(dead: House, alive: House, lying: LyingS3) -> None:
