@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from storage.admission import Admission, OnConflict, actor_of, event_of
 from storage.caretaker import Caretaker
 from storage.database import utc_now
+from storage.envelope import Segments
 from storage.erasure import Erasure
 from storage.errors import ColdObject, ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
@@ -146,6 +147,7 @@ class Archive:
         self._store = store
         self._study_keys = study_keys
         self._landing = Landing(landing, min_free_bytes=min_free_bytes, max_bytes_in_flight=max_bytes_in_flight)
+        self._segments = Segments()
         self._limits = limits
         self._acknowledge = acknowledge
         self._jobs_for = jobs_for
@@ -229,6 +231,7 @@ class Archive:
             object_key=secrets.token_hex(16),
             study_keys=self._study_keys,
             landing=self._landing,
+            segments=self._segments,
             accept_sop_class=accept_sop_class,
             report=report,
             admit=self._admission.admit,

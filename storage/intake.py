@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from storage.envelope import Segments
     from storage.landing import Landing, LandingFile
     from storage.study_keys import StudyKey, StudyKeys
 
@@ -53,6 +54,7 @@ class Intake:
         object_key: str,
         study_keys: StudyKeys,
         landing: Landing,
+        segments: Segments,
         accept_sop_class: Callable[[str], bool],
         report: Mapping[str, Any] | None,
         admit: Callable[[InstanceRecord, LandingFile, StudyKey], Receipt],
@@ -78,7 +80,7 @@ class Intake:
             refused(origin, announced, error)
             raise
         try:
-            self._sealer = Sealer(object_key, self._file.write)
+            self._sealer = Sealer(object_key, self._file.write, segments)
         except StorageError as error:
             self._close(error)
             raise

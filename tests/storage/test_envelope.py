@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tink import secret_key_access, streaming_aead
 from tink.proto import aes_gcm_hkdf_streaming_pb2, common_pb2, tink_pb2
 
-from storage.envelope import SEGMENT, Opener, Sealer
+from storage.envelope import SEGMENT, Opener, Sealer, Segments
 from storage.errors import IntegrityError
 from storage.keys import Ring
 from storage.records import SealedObject
@@ -401,3 +401,29 @@ def test_error_of_the_sink_comes_through(keys: StudyKeys) -> None:
     state["full"] = True
     with pytest.raises(OSError, match="No space"):
         sealer.update(bytes(3_000_000))
+
+
+def test_memory_of_segments_is_used_again_and_never_shared() -> None:
+    """What one sealer gave back the next one takes; two at the same time never have the same; nothing of the former's shows."""
+    segments = Segments(kept=2)
+    held = [segments.take() for _ in range(3)]
+    assert len({id(memory) for memory in held}) == 3
+    for memory in held:
+        segments.give(memory)
+    again = [segments.take() for _ in range(3)]
+    assert len({id(memory) for memory in again} & {id(memory) for memory in held[:2]}) == 2
+    segments.give(bytearray(5))
+    assert len(segments.take()) == SEGMENT
+
+
+@pytest.mark.parametrize("sizes", [(3 * SEGMENT, 100_000, SEGMENT // 2, 70_000, 10)])
+def test_used_memory_changes_no_object(keys: StudyKeys, sizes: tuple[int, ...]) -> None:
+    """Objects sealed one after the other in the same memory, larger and smaller ones in turn, open to what was sealed."""
+    segments, study_key = Segments(), keys.current("1.2.3")
+    for size in sizes:
+        data, sealed = os.urandom(size), bytearray()
+        sealer = Sealer(KEY, sealed.extend, segments)
+        for start in range(0, size, 30_000):
+            sealer.update(data[start : start + 30_000])
+        sealer.finish({}, study_key, keys)
+        assert open_all(keys, bytes(sealed)) == data
