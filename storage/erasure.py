@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import bindparam, func, select
 
+from storage.audit import AUDIT
 from storage.database import to_micros
 from storage.errors import InstanceNotFound, StorageError, Unavailable
 from storage.failpoints import unarmed
@@ -255,6 +256,13 @@ def erased_keys(audit: AuditTrail, study_instance_uid: str) -> list[str] | None:
     if not events:
         return None
     return sorted({str(key_id) for event in events for key_id in event.detail.get("study_keys", ())})
+
+
+def key_was_erased(database: Database, study_key_id: str) -> bool:
+    """Tell whether the audit trail says that a study key was erased, of whatever study. It looks through the whole trail."""
+    named = (AUDIT.c.action == "study.erased", AUDIT.c.detail.contains(f'"{study_key_id}"', autoescape=True))
+    with database.read() as connection:
+        return connection.scalar(select(AUDIT.c.seq).where(*named).limit(1)) is not None
 
 
 def _identity(one: QuarantinedInstance) -> tuple[str, str]:

@@ -5,7 +5,7 @@ since, and that was acknowledged. So an orphan is asked what it is (`storage.tes
 
 ============================================  ==============================================================
 its study was erased, or it was dropped       deleted
-no key opens it, in table, store or spool     deleted: it was never admitted, or its study was erased
+no key opens it, in table, store or spool     deleted: it was never admitted, or its study was erased; in a spool: left, unless erased
 its instance is archived, whole, and equal    deleted: a copy too many
 its instance is archived, equal, not whole    it takes the place of the damaged object
 its instance is on a node's disk alone        it takes its place, if it is equal and in the store
@@ -31,7 +31,7 @@ from sqlalchemy import delete, select
 
 from storage.admission import event_of
 from storage.database import utc_now
-from storage.erasure import erased_keys
+from storage.erasure import erased_keys, key_was_erased
 from storage.errors import ColdObject, InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import InstanceRecord, JobKind, JobState, NewJob, ReportRecord
@@ -164,7 +164,7 @@ class Orphans:
         old = (info.object_key for info in self._places.store.list() if info.modified_at < before)
         keys = KeyRing(self._study_keys, self._stores())
         self._sweep_objects(old, keys, swept, in_spool=False, restored=restored, pace=pace)
-        self._sweep_documents(before, keys, swept, pace)
+        self._sweep_documents(before, keys, swept, pace, unneeded=not restored)
         return swept
 
     def sweep_spool(self, *, grace: timedelta = GRACE, restored: bool = False, pace: Callable[[int], object] = lambda _: None) -> Swept:
@@ -228,6 +228,8 @@ class Orphans:
             except NoStudyKey as error:
                 if restored or keys.listed(error.study_key_id):
                     return "waiting", None  # table or documents may be older than they should be, or the store was wrong about one of them
+                if in_spool and not key_was_erased(self._database, error.study_key_id):
+                    return "waiting", None  # it was acknowledged, perhaps, and its key may come back with another backup
                 _log.warning("orphan.without_key", extra={"object_key": object_key, "study_key_id": error.study_key_id})
                 self._delete(object_key, in_spool=in_spool)
                 return "deleted", None
@@ -403,9 +405,14 @@ class Orphans:
 
     # -- documents of keys -------------------------------------------------------------------------------------------------------
 
-    def _sweep_documents(self, before: datetime, keys: KeyRing, swept: Swept, pace: Callable[[int], object]) -> None:
-        """Delete documents of keys that were erased, and old ones that neither a row knows nor an object without a row needs."""
+    def _sweep_documents(self, before: datetime, keys: KeyRing, swept: Swept, pace: Callable[[int], object], *, unneeded: bool) -> None:
+        """Delete documents of keys that were erased; if `unneeded`, old ones too that neither a row knows nor an object needs.
+
+        From a store that several nodes share those never go: the spool of another node, which nobody sees here, may hold an acknowledged
+        instance that a restored database does not know, and that only this document opens.
+        """
         store = self._places.store
+        unneeded = unneeded and not self._places.remote
         candidates: list[str] = []
         names = store.list_documents("keys/")
         while page := [name.rpartition("/")[2] for name in islice(names, _PAGE)]:
@@ -429,7 +436,7 @@ class Orphans:
                 continue
             unread.over()
             if study_key_id not in (erased_keys(self._audit, key.study_instance_uid) or ()):
-                if key.created_at >= before:
+                if not unneeded or key.created_at >= before:
                     continue
                 if needed is None:
                     needed = self._needed_keys(keys, in_spool=False)

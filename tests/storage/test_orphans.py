@@ -416,3 +416,43 @@ def test_nothing_is_deleted_from_the_store_when_another_brought_it(houses: Build
     assert store.stat(record.sealed.object_key).byte_count == 11
     house.archive._places.bring(record)
     assert store.stat(record.sealed.object_key).byte_count == record.sealed.byte_count
+
+
+def test_the_key_of_what_lies_in_another_spool_stays(houses: Build, tmp_path: Path) -> None:
+    """The database came back without an instance that another node took: the sweep of the store leaves its key, that node adopts it."""
+    store = _Full(tmp_path / "bucket")
+    other = houses(store=store, node_id=NODE)
+    sample = photograph()
+    other.ingest(sample)
+    other.study_keys.publish_all(put_document=store.put_document, delete_document=store.delete_document)
+    assert other.archive.orphans().sweep_spool(grace=NOW).documents == 1  # it is in the store
+    restoring = restored(houses, other, store=store)
+    for kind in (True, False):
+        assert restoring.archive.orphans().sweep(grace=NOW, restored=kind).documents == 0
+    again = without_database(houses, other, store)
+    assert again.archive.orphans().sweep_spool(grace=NOW).adopted == 1
+    assert again.read(sample.sop_instance_uid) == sample.data_set
+
+
+def test_a_landed_object_without_key_goes_only_when_it_was_erased(houses: Build, tmp_path: Path) -> None:
+    """Its key is nowhere: perhaps the database and the document come back. When the audit trail says that it was erased, it goes."""
+    store = _Full(tmp_path / "bucket")
+    house = houses(store=store, node_id=NODE)
+    sample = photograph()
+    house.ingest(sample)
+    spool = house.archive._places.spool
+    assert spool is not None
+    (landed,) = (info.object_key for info in spool.list())
+    copy = Path(shutil.copy(spool.path_of(landed), tmp_path / "copy"))
+    record = house.index.find(sample.sop_instance_uid)
+    again = without_database(houses, house, store)
+    there = again.archive._places.spool
+    assert there is not None
+    for name in list(there.list_documents("keys/")):
+        there.delete_document(name)
+    swept = again.archive.orphans().sweep_spool(grace=NOW)
+    assert (swept.deleted, swept.waiting) == (0, 1)
+    house.archive.erasure().erase_study(sample.study_instance_uid, actor="operator", reason="")
+    spool.put(landed, copy, record.sealed)
+    assert house.archive.orphans().sweep_spool(grace=NOW).deleted == 1
+    assert list(spool.list()) == []
