@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,7 +36,49 @@ _LINGER_S: Final = 2.0
 _ACCEPTS: Final = 64
 _CHUNK: Final = 16384
 
+_FIXED: Final = 74
+"""Bytes of an A-ASSOCIATE-RQ before its items (PS3.8 Table 9-11)."""
+_CONTEXTS: Final = 128
+_SYNTAXES: Final = 4096
+_USER_ITEMS: Final = 512
+
 Connection = socket.socket | TlsConnection
+
+
+def request_fault(request: bytes | bytearray) -> str:
+    """Say why an A-ASSOCIATE-RQ is not worth decoding: lengths that do not add up, or more than any sender proposes. Empty: it is.
+
+    The library takes such a request apart in time that grows with the square of what it holds, before anybody knows who calls.
+    """
+    contexts = syntaxes = user_items = 0
+    for kind, begin, end in _items(request, _FIXED, len(request)):
+        if end > len(request):
+            return "association request with lengths that do not add up"
+        if kind == 0x20:
+            contexts += 1
+            for inner, _, inner_end in _items(request, begin + 4, end):
+                if inner_end > end:
+                    return "association request with lengths that do not add up"
+                syntaxes += inner == 0x40
+        elif kind == 0x50:
+            for _, _, inner_end in _items(request, begin, end):
+                if inner_end > end:
+                    return "association request with lengths that do not add up"
+                user_items += 1
+        if contexts > _CONTEXTS or syntaxes > _SYNTAXES or user_items > _USER_ITEMS:
+            return "association request with more contexts, transfer syntaxes or negotiation items than allowed"
+    return ""
+
+
+def _items(request: bytes | bytearray, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Walk items or sub-items: type, where the value begins, where it ends."""
+    while position < end:
+        if end - position < 4:
+            yield 0, position, len(request) + 1
+            return
+        kind, length = request[position], int.from_bytes(request[position + 2 : position + 4], "big")
+        yield kind, position + 4, position + 4 + length
+        position += 4 + length
 
 
 @dataclass(slots=True, eq=False)
@@ -79,8 +121,8 @@ class Vestibule:
         As `ReceiveLimits`.
     send_s
         Longest wait for a peer that does not read.
-    waiting
-        Most connections that wait at once.
+    waiting, waiting_bytes
+        Most connections that wait at once, and most bytes of requests that they sent so far.
     turned
         Told who is turned away.
     """
@@ -95,6 +137,7 @@ class Vestibule:
         handshake_pdu_length: int = 131_072,
         send_s: float = 60.0,
         waiting: int = 8192,
+        waiting_bytes: int = 32 * 1024**2,
         turned: Callable[[Turned], None] = lambda _: None,
     ) -> None:
         self._listener = listener
@@ -105,6 +148,8 @@ class Vestibule:
         self._handshake_pdu_length = handshake_pdu_length
         self._send_s = send_s
         self._most = waiting
+        self._most_bytes = waiting_bytes
+        self._bytes = 0
         self._turned = turned
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
@@ -238,16 +283,31 @@ class Vestibule:
             length = _HEADER if len(request) < _HEADER else _HEADER + int.from_bytes(request[2:6], "big")
             missing = length - len(request)
             if not missing and length > _HEADER:
-                self._give_on(caller)
+                if reason := request_fault(request):
+                    self._refuse(caller, reason, 6)
+                else:
+                    self._give_on(caller)
                 return
             came = caller.socket.recv(min(missing, _CHUNK))
             if not came:
                 self._forget(caller)  # a health check, or one that changed its mind
                 return
             request += came
+            self._bytes += len(came)
+            if self._bytes > self._most_bytes:
+                self._make_room()
+                if caller not in self._waiting:
+                    return
             if len(request) >= _HEADER and (fault := self._fault(request)) is not None:
                 self._refuse(caller, *fault)
                 return
+
+    def _make_room(self) -> None:
+        """Let the longest request go, of the address that has sent most."""
+        crowd = max(self._by_address.values(), key=lambda crowd: sum(len(caller.request) for caller in crowd))
+        longest = max(crowd, key=lambda caller: len(caller.request))
+        self._tell(longest, "too many bytes of association requests wait")
+        self._forget(longest)
 
     def _fault(self, header: bytearray) -> tuple[str, int] | None:
         """Judge the header of the first PDU: what is wrong, and the Reason/Diag. of the A-ABORT (PS3.8 Table 9-26)."""
@@ -308,6 +368,8 @@ class Vestibule:
 
     def _drop(self, caller: Caller) -> None:
         """Take it out of the books; its socket stays."""
+        if caller in self._waiting:
+            self._bytes -= len(caller.request)
         self._waiting.pop(caller, None)
         self._leaving.pop(caller, None)
         address = str(caller.address[0])

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from dicom_node.dimse.connection import TlsConnection
 from dicom_node.dimse.receive import ReceiveLimits
 from dicom_node.dimse.slots import Slots
-from dicom_node.dimse.vestibule import Turned, Vestibule
+from dicom_node.dimse.vestibule import Turned, Vestibule, request_fault
 from dicom_node.peers import Peer, Peers
 from tests.dicom_node.door import SECONDARY_CAPTURE, Rooms, draw, encoded, open_door, open_rooms
 from tests.dicom_node.receiver import certificate
@@ -334,3 +336,64 @@ def test_two_threads_may_send_at_once(pair: tuple[ssl.SSLContext, ssl.SSLContext
     assert pieces == {b"a" * piece, b"b" * piece}
     reader[0].close()
     connection.close()
+
+
+# --- requests that are not worth decoding ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (associate_rq([(1, SECONDARY_CAPTURE, [f"1.2.{number}" for number in range(5000)])]), "more contexts"),
+        (associate_rq([(1, SECONDARY_CAPTURE, [EXPLICIT])] * 129), "more contexts"),
+        (associate_rq([STORE_CONTEXT])[:-3] + b"\xff\xff\xff", "add up"),
+    ],
+    ids=["5000 syntaxes", "129 contexts", "a length past the end"],
+)
+def test_excessive_requests(rooms: Rooms, request_: bytes, words: str) -> None:
+    """They are aborted before the library, whose time grows with the square, sees them (threat 9)."""
+    request_ = request_[:2] + struct.pack(">L", len(request_) - 6) + request_[6:]
+    if words == "add up":  # the last item claims more than there is
+        at = request_.rindex(b"\x52\x00")
+        request_ = request_[: at + 2] + b"\x7f\xff" + request_[at + 4 :]
+    with open_door(rooms) as door, capture_logs() as events:
+        with ScriptedPeer(door.port) as peer:
+            peer.send(request_)
+            assert peer.ends() == (ABORT, bytes((0, 0, 2, 6)))
+        door.events.wait_for("association.refused")
+    assert words in next(event["reason"] for event in events if event["event"] == "connection.refused")
+
+
+@given(st.binary(max_size=400), st.integers(0, 400))
+def test_any_bytes_are_judged(noise: bytes, place: int) -> None:
+    """Whatever stands in a request, judging it ends and raises nothing; a lawful one is let through."""
+    lawful = associate_rq([STORE_CONTEXT, ECHO_CONTEXT])
+    assert request_fault(lawful) == ""
+    assert isinstance(request_fault(lawful[:74] + noise), str)
+    assert isinstance(request_fault(lawful[:place] + noise + lawful[place:]), str)
+
+
+def test_partial_requests_have_a_budget() -> None:
+    """All that wait hold so many bytes at most; the longest of the address that sent most goes, others stay."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    turned: list[Turned] = []
+    vestibule = Vestibule(listener, enter=lambda *_: None, handshake_s=60.0, waiting_bytes=250_000, turned=turned.append)
+    vestibule.start()
+    try:
+        port = listener.getsockname()[1]
+        honest = socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0))
+        honest.sendall(associate_rq([STORE_CONTEXT])[:50])
+        greedy = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        for one in greedy:
+            one.sendall(struct.pack(">BxL", 1, 120_000) + bytes(100_000))
+        deadline = time.monotonic() + 30
+        while len(turned) < 2:
+            assert time.monotonic() < deadline, turned
+            time.sleep(0.01)
+        assert {one.reason for one in turned} == {"too many bytes of association requests wait"}
+        assert {one.address for one in turned} == {"127.0.0.1"}
+        assert vestibule.waiting == 3
+        for one in (honest, *greedy):
+            one.close()
+    finally:
+        vestibule.stop()
