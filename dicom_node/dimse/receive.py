@@ -44,7 +44,7 @@ A_ASSOCIATE_RQ_TYPE, P_DATA_TYPE, A_RELEASE_RQ_TYPE, A_RELEASE_RP_TYPE, A_ABORT_
 _HEADER = 6
 _READ_AHEAD = 16384
 _POLL_MS = 250
-_LINGER_S = 2.0
+LINGER_S = 2.0
 _REQUESTS_AHEAD = 16
 _BYTES_AHEAD = 1024**2
 _OVER = frozenset({"Sta1", "Sta13"})
@@ -283,6 +283,8 @@ class UpperLayer(DULServiceProvider):
         Told ``association.violation`` with ``reason``.
     room
         For data sets of messages other than C-STORE, shared by associations; None: each has all that its limits allow.
+    linger_s
+        How long to wait for a peer to hang up after our last PDU.
     """
 
     def __init__(
@@ -294,6 +296,7 @@ class UpperLayer(DULServiceProvider):
         begin_store: Callable[[PresentationContext, StoreRequest], StoreOperation] | None = None,
         observe: Callable[..., None] = unobserved,
         room: Room | None = None,
+        linger_s: Callable[[], float] = lambda: LINGER_S,
     ) -> None:
         super().__init__(assoc)
         self.state_machine = Machine(self)
@@ -308,6 +311,7 @@ class UpperLayer(DULServiceProvider):
         self._waited_s = 0.0
         self._came = 0
         self._diagnostic = 0
+        self._linger_s = linger_s
         self._room = room or Room(limits.foreign_bytes * (_REQUESTS_AHEAD + 2))
         self._holding = threading.Lock()
         self._held = self._held_of_last = 0
@@ -538,7 +542,7 @@ class UpperLayer(DULServiceProvider):
             self._buffer.discard()
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
-        if time.monotonic() - self._closing_since > _LINGER_S:
+        if time.monotonic() - self._closing_since > self._linger_s():
             self.socket.close()
             return False
         if self._readable(sock):

@@ -33,7 +33,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 from dicom_node.dimse.connection import TlsConnection
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
-from dicom_node.dimse.receive import BellQueue, ReceiveLimits, Room, Turnstile, UpperLayer, unobserved
+from dicom_node.dimse.receive import LINGER_S, BellQueue, ReceiveLimits, Room, Turnstile, UpperLayer, unobserved
 from dicom_node.dimse.refusing import Words
 from dicom_node.dimse.services import Negotiating
 from dicom_node.dimse.slots import Held, Slots
@@ -63,8 +63,10 @@ _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
 _BACKLOG = 1024
 _SAY_AGAIN_S = 60.0
 _SAID = 1000
-_LOOKED_AT = 64
-"""Associations beyond the limit that are open for as long as it takes to reject them."""
+_LOOKED_AT = 256
+"""Associations beyond the limit that are open for as long as it takes to decide about them."""
+_WAITED_FOR = 32
+"""Rejected callers that are waited for to hang up; more of them, and the door does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,7 @@ class StorageSCP:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._open: set[AcceptedAssociation] = set()
+        self._rejected: set[AcceptedAssociation] = set()
         self._admitted: dict[AcceptedAssociation, Held] = {}
         self._draining = False
         self._stopping = threading.Event()
@@ -251,7 +254,7 @@ class StorageSCP:
             self._vestibule.stop()
         if not self._wait_closed(drain_s):
             with self._lock:
-                left = list(self._open)
+                left = [*self._open, *self._rejected]
             log.warning("dimse.aborting", associations=len(left))
             for association in left:
                 association.abort(block=False)
@@ -390,10 +393,21 @@ class StorageSCP:
             observe=self.observe,
         )
 
+    def rejected(self, association: AcceptedAssociation) -> None:
+        """Count an association no longer, although the caller did not hang up yet."""
+        with self._lock:
+            self._open.discard(association)
+            self._rejected.add(association)
+
+    def linger_s(self, association: AcceptedAssociation) -> float:
+        """How long to wait for the caller to hang up."""
+        return 0.0 if association in self._rejected and len(self._rejected) > _WAITED_FOR else LINGER_S
+
     def ended(self, association: AcceptedAssociation) -> None:
         """Forget an association whose threads end."""
         with self._idle:
             self._open.discard(association)
+            self._rejected.discard(association)
             held = self._admitted.pop(association, None)
             if held is not None:
                 self._slots.give(held)
@@ -422,7 +436,7 @@ class StorageSCP:
 
     def _wait_closed(self, timeout_s: float) -> bool:
         with self._idle:
-            return self._idle.wait_for(lambda: not self._open, timeout_s)
+            return self._idle.wait_for(lambda: not self._open and not self._rejected, timeout_s)
 
     def _enter(self, connection: Connection, address: tuple[Any, ...], request: bytes) -> bytes | None:
         """Take over a connection whose association request is whole; the PDU to answer when there is no room even to look at it."""
@@ -469,6 +483,7 @@ class AdmittingACSE(ACSE):
             self.assoc.door.observe("association.rejected", reason=rejection.reason)
             self.assoc.door.words.association(rejection, address=self.assoc.address, **titles)
             self.send_reject(rejection.result, rejection.source, rejection.diagnostic)
+            self.assoc.door.rejected(self.assoc)
             self.assoc.is_rejected = True
             self.assoc.kill()
             return
@@ -524,6 +539,7 @@ class AcceptedAssociation(Association):
             begin_store=lambda context, request: door.begin_store(self, context, request),
             observe=self._observed,
             room=door.room,
+            linger_s=lambda: door.linger_s(self),
         )
         turnstile = Turnstile()
         self._reactor_checkpoint = turnstile
