@@ -14,16 +14,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.figure import draw
+
 SECTIONS = ("dimse", "parts", "ingest", "growth", "rotation", "reindex")
 
 
-def measured(sections: set[str], rounds: int, *, short: bool) -> dict[str, Any]:
+def measured(sections: set[str], rounds: int, *, short: bool, share: float) -> dict[str, Any]:
     """Run the sections; each imports what it needs."""
     results: dict[str, Any] = {}
     if "dimse" in sections:
         from bench import dimse  # noqa: PLC0415
 
-        results["dimse"] = dimse.run(rounds, short=short)
+        results["dimse"] = dimse.run(rounds, short=short, share=share)
     if "parts" in sections:
         from bench import parts  # noqa: PLC0415
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=(*SECTIONS, "all"), action="append", help="may be given several times")
     parser.add_argument("--short", action="store_true", help="of dimse: a round of a minute, to see that it works; no figures to quote")
+    parser.add_argument("--share", type=float, default=1.0, help="of dimse: of the usual number of instances a turn")
     arguments = parser.parse_args()
     only = set(arguments.only or ["all"])
     sections = set(SECTIONS) if "all" in only else only
@@ -57,7 +60,13 @@ def main() -> None:
     target = Path(__file__).parent / "results"
     target.mkdir(exist_ok=True)
     path = target / f"{datetime.now(UTC):%Y-%m-%d}.json"
-    results = {**about, **measured(sections, arguments.rounds, short=arguments.short)}
+    found = measured(sections, arguments.rounds, short=arguments.short, share=arguments.share)
+    if arguments.short:
+        return
+    if found.get("dimse"):
+        title = f"{platform.machine()}, {os.cpu_count()} processors, {datetime.now(UTC):%Y-%m-%d}; medians of {arguments.rounds} rounds"
+        draw(found["dimse"], Path(__file__).parent.parent / "docs" / "performance.svg", title=title)
+    results = {**about, **found}
     if path.exists():  # the sections of a day may be measured one after the other
         results = {**json.loads(path.read_text()), **results}
     path.write_text(json.dumps(results, indent=1) + "\n")

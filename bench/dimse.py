@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,6 @@ class Setting:
 
 SETTINGS = (
     Setting("RAM disk, 1 association"),
-    Setting("RAM disk, 4 associations", associations=4),
-    Setting("disk, 1 association", memory=False),
     Setting("disk, 4 associations", memory=False, associations=4),
     Setting(
         "disk, 1 association, sender and receiver at their defaults",
@@ -62,6 +60,8 @@ SETTINGS = (
     ),
     Setting("RAM disk, 1 association, every instance a study", contenders=("node", "Orthanc"), kinds=("tiny", "small"), per_study=1),
     Setting("RAM disk, 1 association, by storescu", contenders=("node", "node, TLS"), base="node"),
+    Setting("RAM disk, 4 associations", associations=4),
+    Setting("disk, 1 association", memory=False),
 )
 SHORT = (Setting("RAM disk, 1 association", kinds=("tiny", "jpeg"), share=0.1),)
 
@@ -196,8 +196,8 @@ def measured(setting: Setting, rounds: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-def run(rounds: int, *, short: bool = False) -> dict[str, Any]:
-    """Measure all settings, or in `short` a small one that shows that everything works."""
+def run(rounds: int, *, short: bool = False, share: float = 1.0) -> dict[str, Any]:
+    """Measure all settings, each turn with a `share` of the usual instances; or in `short` a small one that shows that everything works."""
     results: dict[str, Any] = {}
     if program("dcmsend") is None:
         print("C-STORE: dcmsend is not installed (make peers); not measured")
@@ -206,7 +206,8 @@ def run(rounds: int, *, short: bool = False) -> dict[str, Any]:
         print(f"C-STORE, {setting.title}; load {load():.1f}", flush=True)
         with in_memory(wanted=setting.memory) as folder:
             before = load()
-            results[setting.title] = {**measured(setting, rounds, folder), "load": [round(before, 1), round(load(), 1)]}
+            scaled = replace(setting, share=setting.share * share)
+            results[setting.title] = {**measured(scaled, rounds, folder), "load": [round(before, 1), round(load(), 1)]}
     return results
 
 
