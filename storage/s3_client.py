@@ -9,7 +9,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
@@ -46,6 +47,11 @@ _AGAIN = _CHANGED_ON_THE_WAY | {
     "OperationAborted",
     "ConditionalRequestConflict",
 }
+_OTHER_REGION = frozenset(
+    {"AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException", "301", "307"}
+)
+_UNTOLD = frozenset({"", "301", "307", "400", "401", "403"})
+"""What stands for the error code where there is none: the answer to a HEAD has no body."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 _RENEW_EVERY_S = 1.0
@@ -189,12 +195,14 @@ class S3Client:
         }
         self._renewing = threading.Lock()
         self._renewed_at = float("-inf")
-        self._client, self._wire = self._connect()
+        self._connect(boto3.session.Session())
 
-    def _connect(self) -> tuple[Any, Wire | None]:
-        session = boto3.session.Session()
+    def _connect(self, session: boto3.session.Session) -> None:
+        """Make a client of a session that has found its credentials, or none."""
         client: Any = session.client("s3", **self._options)
-        return client, Wire.of(client, session.get_credentials(), self.bucket)
+        client.meta.events.register("before-parse.s3.HeadBucket", partial(_name_a_region, client.meta.region_name))
+        self._credentials = session.get_credentials()
+        self._client, self._wire = client, Wire.of(client, self._credentials, self.bucket)
 
     def call(
         self,
@@ -246,7 +254,7 @@ class S3Client:
                     raise
                 attempt += 1
                 if attempt >= self.attempts or not self._worth_repeating(client, error, operation):
-                    raise self.unavailable(error, doing) from error
+                    raise self.unavailable(self._told(client, error, operation), doing) from error
                 if not self.pause(attempt, deadline, _retry_after_s(error)):
                     raise self.unavailable(error, doing, "no answer before the deadline; the last was ") from error
             else:
@@ -262,7 +270,10 @@ class S3Client:
             except Elsewhere as elsewhere:
                 self._leave_wire(client, str(elsewhere))
         if answer is None:
-            answer = dict(getattr(client, operation)(Bucket=self.bucket, **arguments))
+            try:
+                answer = dict(getattr(client, operation)(Bucket=self.bucket, **arguments))
+            except ValueError as error:  # botocore reads the numbers and times of an answer as they come
+                raise ResponseParserError(str(error)) from error
         return answer
 
     def _leave_wire(self, client: Any, code: str) -> None:
@@ -290,8 +301,20 @@ class S3Client:
             return status >= 500 or status == 429 or code in _AGAIN
         return not isinstance(error, SSLError)
 
+    def _told(self, client: Any, error: Exception, operation: str) -> Exception:
+        """Return the error with its code: the answer to a HEAD has none, so that a listing is asked why it was refused."""
+        if not (isinstance(error, ClientError) and operation.startswith("head_") and code_of(error) in _UNTOLD):
+            return error
+        try:
+            client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+        except ClientError as told:
+            return told if status_of(told) in (301, 307, 400, 401, 403, 404) else error
+        except BROKEN_OFF as broken:
+            _log.debug("store.reason_unknown", extra={"bucket": self.bucket, "reason": type(broken).__name__})
+        return error
+
     def _renew(self, client: Any) -> bool:
-        """Look the credentials up again; False when that was done just now."""
+        """Look the credentials up again; False when they are the same as before, or that was done just now."""
         with self._renewing:
             if client is not self._client:
                 return True  # another thread did
@@ -299,7 +322,11 @@ class S3Client:
             if now - self._renewed_at < _RENEW_EVERY_S:
                 return False
             self._renewed_at = now
-            self._client, self._wire = self._connect()
+            session = boto3.session.Session()
+            found = _frozen(session.get_credentials())
+            if found is None or found == _frozen(self._credentials):
+                return False
+            self._connect(session)
         _log.warning("store.credentials.renewed", extra={"bucket": self.bucket})
         return True
 
@@ -307,11 +334,17 @@ class S3Client:
         """Return the error that says what could not be done, why, and what to do about it."""
         where = f"cannot {doing} bucket {self.bucket!r} at {self._client.meta.endpoint_url}: {before}"
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
-            return Unavailable(f"{where}no credentials found; give them by environment, profile or role")
+            return Unavailable(
+                f"{where}no credentials found; give the node AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or its machine a role"
+            )
         if isinstance(error, ClientError):
             code, status = code_of(error), status_of(error)
             if code == "NoSuchBucket" or (status == 404 and doing == "reach"):
                 return Unavailable(f"{where}there is no such bucket; create it, or correct [archive] bucket")
+            if code in _OTHER_REGION:
+                asked, named = self._client.meta.region_name, _region_of(error)
+                remedy = f"set [archive] region to {named!r}" if named and named != asked else "correct [archive] region or endpoint_url"
+                return Unavailable(f"{where}the bucket is not of region {asked!r} ({status} {code}); {remedy}")
             if code == "RequestTimeTooSkewed":
                 return Unavailable(f"{where}the clocks of this machine and of the store differ; set the clock")
             if code in _CREDENTIALS:
@@ -342,6 +375,30 @@ def status_of(error: ClientError) -> int:
 def retries_of(error: ClientError) -> int:
     """Return how many tries came before the one that was answered so."""
     return int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
+
+
+def _frozen(credentials: Any) -> tuple[str, str, str | None] | None:
+    """Return key, secret and token as they are now; None where there are none, or they cannot be had now."""
+    try:
+        frozen = None if credentials is None else credentials.get_frozen_credentials()
+    except BROKEN_OFF as error:
+        _log.warning("store.credentials.unknown", extra={"reason": type(error).__name__})
+        return None
+    return None if frozen is None else (frozen.access_key, frozen.secret_key, frozen.token)
+
+
+def _name_a_region(region: str, response_dict: dict[str, Any], **_: Any) -> None:
+    """Name the region that was asked for in a redirection that names none: botocore would ask for it by the same request, without end."""
+    headers = response_dict["headers"]
+    if response_dict["status_code"] in (301, 302, 307) and "x-amz-bucket-region" not in headers:
+        headers["x-amz-bucket-region"] = region
+
+
+def _region_of(error: ClientError) -> str:
+    """Return the region that a store says a bucket is of; empty when it says none."""
+    headers: Mapping[str, str] = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    described: Mapping[str, Any] = error.response.get("Error", {})
+    return str(headers.get("x-amz-bucket-region") or described.get("Region") or "")
 
 
 def _is_expected(error: ClientError, expected: Collection[str | int]) -> bool:

@@ -28,7 +28,7 @@ from storage.errors import ColdObject, InstanceNotFound, IntegrityError, Unavail
 from storage.objects import relative_path
 from storage.records import SealedObject
 from storage.s3 import S3Store
-from tests.faults.lying_s3 import SLOW_DOWN, LyingS3
+from tests.faults.lying_s3 import SLOW_DOWN, LyingS3, error
 from tests.ports import free_port
 from tests.storage.moto_service import client_of, moto_server, new_bucket
 
@@ -363,9 +363,52 @@ def test_wrong_credentials(s3_bucket: Callable[[], tuple[str, str, Path]], monke
         S3Store(bucket=bucket, endpoint_url=endpoint, region="us-east-1", attempts=2).check()
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("InvalidAccessKeyId", 403, r"access denied \(InvalidAccessKeyId\); the credentials are expired or unknown: renew them"),
+        ("SignatureDoesNotMatch", 403, "the credentials are expired or unknown: renew them"),
+        ("AccessDenied", 403, r"access denied \(AccessDenied\); check the credentials and the policy"),
+        ("NoSuchBucket", 404, "there is no such bucket; create it"),
+        ("SlowDown", 503, r"access denied \(403\)"),
+    ],
+)
+def test_a_refusal_without_words_is_asked_about(counted: tuple[LyingS3, S3Store], code: str, status: int, said: str) -> None:
+    """The answer to a HEAD has no code: a listing is asked for it, so that a bad key, a policy and a missing bucket sound different."""
+    s3, store = counted
+    s3.fail(error(403, "none"), operation="check")
+    s3.fail(error(status, code), operation="list")
+    with pytest.raises(Unavailable, match=said):
+        store.check()
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        (error(301, "PermanentRedirect", x_amz_bucket_region="eu-central-1"), "set [archive] region to 'eu-central-1'"),
+        (error(400, "AuthorizationHeaderMalformed", x_amz_bucket_region="eu-central-1"), "set [archive] region to 'eu-central-1'"),
+        (error(301, "PermanentRedirect"), "correct [archive] region or endpoint_url"),
+    ],
+)
+def test_a_bucket_of_another_region(counted: tuple[LyingS3, S3Store], landed: Landed, fault: Any, remedy: str) -> None:
+    """Over every kind of request the setting is named, and the region that the store says."""
+    s3, store = counted
+    s3.fail(fault)
+    path, sealed = landed(b"x")
+    for operation in (
+        store.check,
+        lambda: store.put(sealed.object_key, path, sealed),
+        lambda: store.stat("0" * 32),
+        lambda: list(store.list()),
+    ):
+        with pytest.raises(Unavailable, match="the bucket is not of region 'us-east-1'") as refused:
+            operation()
+        assert remedy in str(refused.value)
+
+
 def test_no_credentials() -> None:
     """Absent credentials are Unavailable and say where to give them."""
-    with pytest.raises(Unavailable, match="no credentials"):
+    with pytest.raises(Unavailable, match="no credentials found; give the node AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or"):
         S3Store(bucket="b", endpoint_url="http://127.0.0.1:9", region="us-east-1", attempts=2).check()
 
 

@@ -82,18 +82,28 @@ class Turning:
         return ReadOnlyCredentials(f"key{self.asked}", "secret", f"token{self.asked}")
 
 
+ENDLESS = 64 << 20
+
+
 @contextmanager
-def answering(answer: bytes) -> Iterator[str]:
-    """Serve HTTP that answers anything with these bytes, and with more of the last of them for as long as somebody reads."""
+def answering(answer: bytes, taken: list[int] | None = None) -> Iterator[str]:
+    """Serve HTTP that answers anything with these bytes and, after an x, with more of them for as long as somebody reads, 64 MiB at most.
+
+    `taken` gets the number of bytes that were written of those.
+    """
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             while self.rfile.readline() not in (b"\r\n", b""):
                 pass
+            written = 0
             with suppress(OSError):
                 self.wfile.write(answer)
-                while answer.endswith(b"x"):
+                while answer.endswith(b"x") and written < ENDLESS:
                     self.wfile.write(b"x" * 65536)
+                    written += 65536
+            if taken is not None:
+                taken.append(written)
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
@@ -222,12 +232,25 @@ def test_one_connection_for_all(s3_bucket: Buckets) -> None:
 
 def test_an_answer_that_does_not_end(s3_bucket: Buckets) -> None:
     """A refusal of endless length is cut off, and so is its connection: nothing grows, nothing waits."""
-    with answering(b"HTTP/1.1 500 Oh\r\nContent-Length: 99999999999\r\n\r\n<Error><Code>InternalError</Code>x") as endpoint:
+    taken: list[int] = []
+    with answering(b"HTTP/1.1 500 Oh\r\nContent-Length: 99999999999\r\n\r\n<Error><Code>InternalError</Code>x", taken) as endpoint:
         with pytest.raises(ClientError) as refused:
             wire_of(client_of(endpoint), "bucket").send("get_object", {"Key": "ab/cd"})
         assert refused.value.response["Error"]["Code"] == "InternalError"
         with pytest.raises(ClientError):
             wire_of(client_of(endpoint), "bucket").send("put_object", put_of("ab/cd", b"x"))
+    assert len(taken) == 2
+    assert max(taken) < ENDLESS // 2  # what the two ends of the connection hold, and no more
+
+
+@pytest.mark.parametrize("broken", ["<Size>abc</Size>", "<LastModified>yesterday</LastModified>"])
+def test_an_answer_that_cannot_be_read(s3_bucket: Buckets, broken: str) -> None:
+    """What botocore cannot make a number or a time of is Unavailable, like every broken answer, and no other kind of error."""
+    page = f"<ListBucketResult><Contents>{broken}</Contents></ListBucketResult>".encode()
+    with answering(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page)) as endpoint:
+        client = S3Client(bucket="bucket", endpoint_url=endpoint, region="us-east-1", attempts=1)
+        with pytest.raises(Unavailable, match="ResponseParserError; check the endpoint"):
+            client.call("list_objects_v2", Deadline(10), "list")
 
 
 def test_an_answer_without_a_length(s3_bucket: Buckets) -> None:
@@ -266,6 +289,25 @@ def test_renewed_credentials_renew_the_wire(s3_bucket: Buckets, monkeypatch: pyt
         client.call("put_object", Deadline(10), "write", **content)
         assert client._wire is not before
         assert "access-key-2/" in s3.heads[-1]["authorization"]
+
+
+def test_the_same_credentials_are_not_renewed(
+    s3_bucket: Buckets, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused, and found again as they were: the error is told at once and nothing is said to be renewed; with others, it is."""
+    with LyingS3() as s3:
+        client = store_of(s3)
+        s3.fail(error(403, "InvalidAccessKeyId"), operation="put")
+        with pytest.raises(Unavailable, match="renew them"):
+            client.call("put_object", Deadline(10), "write", **put_of("ab/cd", b"content"))
+        assert s3.count("put") == 1
+        assert "store.credentials.renewed" not in caplog.messages
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-key-2")
+        client._renewed_at = float("-inf")
+        with pytest.raises(Unavailable, match="renew them"):
+            client.call("put_object", Deadline(10), "write", **put_of("ab/cd", b"content"))
+        assert s3.count("put") == 3
+        assert caplog.messages.count("store.credentials.renewed") == 1
 
 
 @pytest.mark.parametrize(
