@@ -545,7 +545,11 @@ class Database:
         """Translate an error of the engine into ours, with cause and remedy; any other error is returned as it is."""
         if isinstance(error, StorageError) or not isinstance(error, (*self._engine_errors, OSError)):
             return error
-        made = self._backend.translated(error)
+        try:
+            made = self._backend.translated(error)
+        except Exception:  # noqa: BLE001 - whoever waits for a commit must be answered, in whatever words
+            _log.exception("database.untranslated")
+            made = None
         if made is None and isinstance(error, sqlalchemy.exc.TimeoutError):
             made = Unavailable("all connections to the database are in use: too many readers at once, try again")
         if made is None:

@@ -96,6 +96,7 @@ _AT_THE_DOOR: Final = (
     ("session is read-only", "25006"),
     ("hot standby", "25006"),
     ('role "', "28-ROLE"),
+    ("local user with ID", "28-ROLE"),
     ("does not exist", "3D000"),
     ("authentication failed", "28P01"),
     ("pg_hba.conf", "28-HBA"),
@@ -299,16 +300,21 @@ class PostgresqlBackend:
         for table, kind in ((_WORDS, Unavailable), (_REFUSALS, IntegrityError)):
             for states, words in table:
                 if state.startswith(states):
-                    return kind(words.format(who=self._who()))
+                    return kind(words.format(who=self._who()) if "{who}" in words else words)
         return None
 
     def _who(self) -> str:
         """Say who wants to be let in where."""
         given = self._parameters
-        user = given.get("user") or os.environ.get("PGUSER") or getpass.getuser()
         host = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST") or "this machine"
-        name = given.get("dbname") or os.environ.get("PGDATABASE") or user
-        return f"user {user!r}, database {name!r} of {host}"
+        name = given.get("dbname") or os.environ.get("PGDATABASE")
+        user = given.get("user") or os.environ.get("PGUSER")
+        if not user:
+            try:
+                user = getpass.getuser()
+            except (KeyError, OSError):  # a container's user may be a number alone; which of the two is the version's choice
+                return f"user number {os.getuid()}, {f'database {name!r}' if name else 'its database'} of {host}"
+        return f"user {user!r}, database {(name or user)!r} of {host}"
 
 
 class _Listener:

@@ -45,6 +45,23 @@ def test_a_write_returns_its_result_and_is_read_back(database: Database) -> None
     assert rows(database) == [7]
 
 
+def test_who_waits_is_answered_when_an_error_cannot_be_put_into_words(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in what translates the engine's errors ends neither the writer nor the waiting: Unavailable, and the next write works."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise sqlalchemy.exc.OperationalError("COMMIT", {}, OSError("the connection is gone"))
+
+    def speechless(_: BaseException) -> None:
+        raise KeyError("getpwuid(): uid not found: 1000710000")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database._backend, "before_commit", fail)
+        patched.setattr(database._backend, "translated", speechless)
+        with pytest.raises(Unavailable, match=r"the database failed \(OperationalError\)"):
+            database.check()
+    assert database.write(lambda connection: put(connection, 7)) == 7
+
+
 def test_an_exception_rolls_back_its_own_work_only(database: Database) -> None:
     """Works that wait together share a commit; the one that raises loses its rows, the others keep theirs."""
     gate, entered = threading.Event(), threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import os
 import random
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from storage.audit import AuditTrail
 from storage.database import Database
 from storage.errors import StorageError, Unavailable
 from storage.index import Index
+from storage.postgresql import PostgresqlBackend
 from storage.records import AuditEvent, JobKind, NewJob
 from storage.work import WorkQueue
 from tests.postgresql_server import PostgresqlServer, started
@@ -266,6 +268,21 @@ def test_who_is_not_let_in_is_told_why(postgresql_server: PostgresqlServer, plac
     with pytest.raises(Unavailable, match="grant"):
         database.check()
     database.close()
+
+
+def test_an_error_is_put_into_words_without_a_login_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user has a number and no entry in passwd: errors that name nobody never ask, and the others name the number."""
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1000710000")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.delenv("PGUSER", raising=False)
+    backend = PostgresqlBackend(url="postgresql:///?service=derm", busy_timeout_s=1, readers=1)
+    assert "undid one" in str(backend.translated(psycopg.errors.DeadlockDetected("x")))
+    for words in ('FATAL:  database "derm" does not exist', "local user with ID 1000710000 does not exist"):
+        assert f"user number {os.getuid()}, its database of this machine" in str(backend.translated(psycopg.OperationalError(words)))
+    backend.close()
 
 
 def test_a_wrong_password_names_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
