@@ -9,6 +9,7 @@ no key opens it, in table, store or spool     deleted: it was never admitted, or
 its instance is archived, whole, and equal    deleted: a copy too many
 its instance is archived, equal, not whole    it takes the place of the damaged object
 its instance is on a node's disk alone        it takes its place, if it is equal and in the store
+its instance was lost with its node           it takes its place, if it is equal
 its instance is archived with other content   set aside in quarantine
 nobody knows its instance                     **adopted**: filed and analysed like one that arrived
 a report whose analysis is still to be done   deleted: the analysis brings it again (adopted, after a restore)
@@ -32,7 +33,7 @@ from sqlalchemy import delete, select
 from storage.admission import event_of
 from storage.database import utc_now
 from storage.erasure import erased_keys, key_was_erased
-from storage.errors import ColdObject, InstanceNotFound, IntegrityError, StorageError, Unavailable
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import InstanceRecord, JobKind, JobState, NewJob, ReportRecord
 from storage.scrub import Unread
@@ -364,8 +365,8 @@ class Orphans:
             return False  # it lies on one disk alone, perhaps of a node that is lost; this one lies in the store
         try:
             self._places.require_whole(known)
-        except (InstanceNotFound, IntegrityError):
-            return False
+        except (InstanceNotFound, IntegrityError, LostObject):
+            return False  # lost with its node: nobody else has it any more
         except Unavailable:
             return None
         return True

@@ -14,9 +14,10 @@ from storage.errors import ConflictingInstance, InstanceNotFound, LostObject, St
 from storage.loss import Loss, Losses
 from storage.nodes import Nodes
 from storage.records import Job, JobKind, JobState, NewReport, Outcome
+from storage.study_keys import document_name
 from tests.faults.lying_s3 import LyingS3, error
 from tests.storage.conftest import Build
-from tests.storage.house import House
+from tests.storage.house import House, origin_of
 from tests.storage.samples import Sample, photograph, report
 from tests.storage.test_erasure import concluded
 from tests.storage.test_mover import mover_of, store_of
@@ -266,6 +267,28 @@ def test_a_node_that_comes_back_all_the_same_goes_on(dead: House, alive: House) 
     assert nodes_of(alive).lying() == {}
     assert alive.archive.verify().intact
     assert "node.returned" in alive.actions()
+
+
+def test_a_whole_orphan_in_a_living_spool_takes_the_place_of_what_was_lost(dead: House, alive: House) -> None:
+    """Sent again, and killed before its commit: the sweep of that spool heals the lost instance, which is brought and analysed."""
+    sample = photograph()
+    dead.ingest(sample)
+    burnt(dead)
+    assert declared(alive).lost == 1
+    spool = alive.archive.places.spool
+    assert spool is not None
+    with alive.archive.receive(origin_of(), transfer_syntax_uid=sample.transfer_syntax_uid) as intake:
+        intake.write(sample.data_set)
+        record, study_key = intake.seal()
+        spool.put_document(document_name(study_key.id), alive.study_keys.document(study_key))
+        spool.put(record.sealed.object_key, intake.landing_file.path, record.sealed)
+    assert alive.archive.orphans().sweep_spool(grace=timedelta(minutes=-1)).healed == 1
+    assert alive.read(sample.sop_instance_uid) == sample.data_set
+    assert {job.state for job in jobs(alive, sample.sop_instance_uid, JobKind.ANALYSE)} == {JobState.READY}
+    bring_all(alive)
+    assert alive.index.find(sample.sop_instance_uid).landed_on == ""
+    assert nodes_of(alive).lying() == {}
+    assert alive.archive.verify().intact
 
 
 def test_what_cannot_be_asked_is_not_lost(dead: House, alive: House, lying: LyingS3) -> None:
