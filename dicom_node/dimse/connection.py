@@ -21,6 +21,24 @@ from typing import Any
 from dicom_node.security import PeerCertificate, peer_certificate
 
 
+class PlainConnection(socket.socket):
+    """A connection without TLS: what two threads send does not mix, since each call sends all of it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection.family, connection.type, connection.proto, fileno=connection.detach())
+        self._sending = threading.Lock()
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send all of `data`. Returns its length."""
+        self.sendall(data, flags)
+        return len(data)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all of `data`."""
+        with self._sending:
+            super().sendall(data, flags)
+
+
 class TlsConnection:
     """A TLS connection whose handshake is over.
 

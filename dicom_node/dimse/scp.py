@@ -209,7 +209,8 @@ class StorageSCP:
         self._draining = False
         self._stopping = threading.Event()
         self._vestibule: Vestibule | None = None
-        self._said: dict[tuple[str, str], tuple[float, int]] = {}
+        self._said: dict[tuple[str, str, str], tuple[float, int]] = {}
+        self._said_lock = threading.Lock()
 
     def start(self) -> tuple[str, int]:
         """Listen and accept in a thread. Returns the address bound.
@@ -241,8 +242,7 @@ class StorageSCP:
             turned=self._turned,
         )
         self._vestibule.start()
-        if self._certificate_ended is not None or self._identities is not None:
-            threading.Thread(target=self._watch, name="dimse-watch", daemon=True).start()
+        threading.Thread(target=self._watch, name="dimse-watch", daemon=True).start()
         return host, port
 
     def stop(self, drain_s: float = 10.0) -> None:
@@ -416,15 +416,18 @@ class StorageSCP:
             self.observe("association.ended", peer=association.peer.name if association.peer is not None else "")
 
     def _watch(self) -> None:
-        """Abort associations whose certificate or token ended or was revoked since (threat 81)."""
+        """Abort associations that would not be admitted any more: certificate, token or peer ended since (threat 81)."""
         while not self._stopping.wait(self.limits.credentials_s):
             with self._lock:
                 admitted = list(self._admitted)
             for association in admitted:
-                if reason := self._no_longer(association):
-                    log.warning("association.ended_by_credentials", reason=reason, address=association.address)
-                    self.observe("association.expired", reason=reason)
-                    association.abort(block=False)
+                try:
+                    if reason := self._no_longer(association):
+                        log.warning("association.no_longer_admitted", reason=reason, address=association.address)
+                        self.observe("association.expired", reason=reason)
+                        association.abort(block=False)
+                except Exception:  # an edge: one association must not end the watch over the others
+                    log.exception("dimse.watch_failed")
 
     def _no_longer(self, association: AcceptedAssociation) -> str:
         certificate, principal = association.certificate, association.principal
@@ -432,6 +435,8 @@ class StorageSCP:
             return reason
         if principal is not None and principal.expires_at is not None and principal.expires_at <= datetime.now(UTC):
             return "the token ended"
+        if association.peer is not None and self._peers.get(association.peer.name) != association.peer:
+            return "the peer was removed or changed"
         return ""
 
     def _wait_closed(self, timeout_s: float) -> bool:
@@ -440,13 +445,15 @@ class StorageSCP:
 
     def _enter(self, connection: Connection, address: tuple[Any, ...], request: bytes) -> bytes | None:
         """Take over a connection whose association request is whole; the PDU to answer when there is no room even to look at it."""
+        association = None
         with self._lock:
-            if self._draining or len(self._open) >= self._slots.total + _LOOKED_AT:
-                self.observe("association.rejected", reason=LOCAL_LIMIT.reason)
-                self.words.association(LOCAL_LIMIT, address=normal_address(str(address[0])), calling_ae_title="", called_ae_title="")
-                return struct.pack(">BxLBBBB", 0x03, 4, 0, LOCAL_LIMIT.result, LOCAL_LIMIT.source, LOCAL_LIMIT.diagnostic)
-            association = AcceptedAssociation(self, connection, address, request)
-            self._open.add(association)
+            if not self._draining and len(self._open) < self._slots.total + _LOOKED_AT:
+                association = AcceptedAssociation(self, connection, address, request)
+                self._open.add(association)
+        if association is None:  # no look-up of who it is: this is the only thread of all connections
+            self.observe("association.rejected", reason=LOCAL_LIMIT.reason)
+            self.words.connection("too many associations at once, or the node is stopping", address=normal_address(str(address[0])))
+            return struct.pack(">BxLBBBB", 0x03, 4, 0, LOCAL_LIMIT.result, LOCAL_LIMIT.source, LOCAL_LIMIT.diagnostic)
         try:
             association.start()
         except RuntimeError:  # no more threads
@@ -459,14 +466,19 @@ class StorageSCP:
         self.observe("association.refused", reason=turned.reason)
         address = normal_address(turned.address)
         self.words.connection(turned.reason, address=address, error=turned.error)
-        said_at, silent = self._said.get((address, turned.reason), (-_SAY_AGAIN_S, 0))
-        if time.monotonic() - said_at < _SAY_AGAIN_S:
-            self._said[address, turned.reason] = said_at, silent + 1
-            return
-        if len(self._said) >= _SAID:
-            self._said.clear()
-        self._said[address, turned.reason] = time.monotonic(), 0
-        log.warning("connection.refused", reason=turned.reason, address=address, before=silent)
+        self.warn("connection.refused", address=address, reason=turned.reason)
+
+    def warn(self, event: str, *, address: str, reason: str, **details: str) -> None:
+        """Log what a caller did wrong, once a minute for the same; strangers must not fill the disk."""
+        with self._said_lock:
+            said_at, silent = self._said.get((event, address, reason), (-_SAY_AGAIN_S, 0))
+            if time.monotonic() - said_at < _SAY_AGAIN_S:
+                self._said[event, address, reason] = said_at, silent + 1
+                return
+            if len(self._said) >= _SAID:
+                self._said.clear()
+            self._said[event, address, reason] = time.monotonic(), 0
+        log.warning(event, reason=reason, address=address, before=silent, **details)
 
 
 class AdmittingACSE(ACSE):
@@ -479,7 +491,7 @@ class AdmittingACSE(ACSE):
         titles = {"calling_ae_title": request.calling_ae_title, "called_ae_title": request.called_ae_title}
         rejection = self.assoc.door.admit(self.assoc, request.calling_ae_title, request.called_ae_title)
         if rejection is not None:
-            log.warning("association.rejected", reason=rejection.reason, address=self.assoc.address, **titles)
+            self.assoc.door.warn("association.rejected", reason=rejection.reason, address=self.assoc.address, **titles)
             self.assoc.door.observe("association.rejected", reason=rejection.reason)
             self.assoc.door.words.association(rejection, address=self.assoc.address, **titles)
             self.send_reject(rejection.result, rejection.source, rejection.diagnostic)
@@ -581,7 +593,8 @@ class AcceptedAssociation(Association):
             self.abort(block=False)
         finally:
             self.dul.kill_dul()
-            self.dul.join()
+            with contextlib.suppress(RuntimeError):  # it was never started: no more threads
+                self.dul.join()
             self._connection.close()  # the library leaves it open when the peer was the first to go
             self.door.ended(self)
 
@@ -606,7 +619,7 @@ class AcceptedAssociation(Association):
         except Exception:  # an edge: a fault of ours ends this association and no more
             log.exception("service.failed", service=type(service).__name__)
             self.abort(block=False)
-        self.dimse.cancel_req.clear()
+        self.dimse.cancel_req.pop(msg.MessageID, None)
         self.dul._idle_timer.restart()  # noqa: SLF001 - it measures the peer's silence, not our work
 
     def _observed(self, event: str, **labels: object) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import structlog
 
-from dicom_node.dimse.connection import TlsConnection
+from dicom_node.dimse.connection import PlainConnection, TlsConnection
 from dicom_node.dimse.receive import Waker
 
 log = structlog.get_logger(__name__)
@@ -352,7 +352,7 @@ class Vestibule:
         if isinstance(caller.socket, ssl.SSLSocket):
             connection = TlsConnection(caller.socket, send_s=self._send_s)
         else:
-            connection = caller.socket
+            caller.socket = connection = PlainConnection(caller.socket)
             connection.setblocking(True)
             # A peer that does not read our answers must not hold the thread; SO_SNDTIMEO leaves reading alone
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(self._send_s), 0))

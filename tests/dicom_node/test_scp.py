@@ -8,6 +8,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from dicom_node.dimse.scu import StorageSCU
 from dicom_node.identity import Identities, User, hash_passcode
 from dicom_node.peers import Peer, Peers
 from storage.iod import TRANSFER_SYNTAXES
+from storage.known_peers import KnownPeer
 from storage.records import Limits
 from tests.dicom_node.door import SECONDARY_CAPTURE, Door, Rooms, draw, encoded, open_door, open_rooms
 from tests.dicom_node.receiver import certificate
@@ -599,3 +601,30 @@ def test_credentials_that_end_end_associations(rooms: Rooms, tmp_path: Path) -> 
         for peer in (anonymous, shown):
             peer.socket.close()
         door.settle()
+
+
+def test_a_peer_that_is_removed_is_out(rooms: Rooms) -> None:
+    """An association of a peer that is removed, or loses a right, while it is open is aborted; others go on."""
+    added = [KnownPeer("camera", {**Peer("camera", "CAMERA", "*", 0).settings()}, datetime.now(UTC), "test")]
+    peers = Peers([Peer("stays", "STAYS", "*", 0)], added=lambda: list(added), refresh_s=0.0)
+    with open_door(rooms, peers=peers, limits=ReceiveLimits(credentials_s=0.1)) as door:
+        camera, stays = ScriptedPeer(door.port), ScriptedPeer(door.port)
+        assert camera.associate(STORE_CONTEXT, calling="CAMERA") == ASSOCIATE_AC
+        assert stays.associate(STORE_CONTEXT, calling="STAYS") == ASSOCIATE_AC
+        added.clear()
+        assert camera.ends()[0] == ABORT
+        data_set = draw()
+        assert store(stays, encoded(data_set), data_set.SOPInstanceUID) == 0
+        stays.release()
+        for peer in (camera, stays):
+            peer.socket.close()
+        door.settle()
+
+
+def test_what_repeats_is_logged_once(rooms: Rooms) -> None:
+    """A stranger who is rejected fifty times is one line in the log; each of them is counted and stands in the diary."""
+    with open_door(rooms, peers=Peers()) as door, capture_logs() as events:
+        for _ in range(50):
+            assert rejection(door.port) == (1, 1, 3)
+        door.events.wait_for("association.rejected", 50)
+    assert sum(event["event"] == "association.rejected" for event in events) == 1
