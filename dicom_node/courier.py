@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 
 from dicom_node.dimse.receive import unobserved
-from dicom_node.dimse.scu import Outcome, Sendable, Stored
+from dicom_node.dimse.scu import DUPLICATE, Outcome, Sendable, Stored
 from dicom_node.errors import PeerUnreachable, Refused
 from storage.errors import LeaseLost, StorageError
 from storage.failpoints import unarmed
@@ -222,6 +222,8 @@ class Courier:
                 self._queue.release(job)
 
     def _conclude(self, peer: Peer, parcel: Parcel, outcome: Outcome, leases: Leases, seconds: float) -> None:
+        if isinstance(outcome, Refused) and outcome.status == DUPLICATE:
+            outcome = Stored(outcome.status, outcome.comment)  # a report's UID is derived from its content: an answer of it was lost
         if not isinstance(outcome, Stored):
             self._failed(leases, parcel.job, outcome)
             return

@@ -250,8 +250,7 @@ def _store(items: Sequence[Outgoing], to: Target, progress: Progress) -> list[An
     try:
         for item, outcome in zip(items, (outcome for _, outcome in scu.store(peer, items)), strict=False):
             match outcome:
-                case Stored(status=0x0111, comment=comment):
-                    # For a delivery this means that the peer has it; for a sender, that something of this UID was there before.
+                case Refused(status=0x0111, comment=comment):
                     text = f"refused, 0x0111 Duplicate SOP Instance: {comment or 'an instance of this UID is stored there'}"
                     answers.append(Answer(item.source, item.sop_instance_uid, stored=False, text=text))
                 case Stored(status=status, comment=comment):

@@ -24,6 +24,7 @@ from pynetdicom.dimse_primitives import N_ACTION, N_EVENT_REPORT
 from pynetdicom.presentation import PresentationContext, build_context
 
 from dicom_node.dimse.comment import in_brief
+from dicom_node.dimse.operation import others_of
 from dicom_node.dimse.receive import unobserved
 from dicom_node.dimse.references import CommitmentInformation, TooManyReferences, UnreadableReferences, read_information, write_information
 from dicom_node.dimse.scu import StorageSCU
@@ -422,8 +423,7 @@ def _answer(association: Association, kind: type[N_ACTION | N_EVENT_REPORT], mes
     """Wait for the answer to a request of ours; other messages of the peer keep their order. None: it wants to go, or is gone."""
     deadline = time.monotonic() + answer_s
     messages = association.dimse.msg_queue
-    others: list[Any] = []
-    try:
+    with others_of(messages) as others:
         while time.monotonic() < deadline:
             try:
                 item = messages.get(timeout=_LOOK_S)
@@ -436,11 +436,13 @@ def _answer(association: Association, kind: type[N_ACTION | N_EVENT_REPORT], mes
             answer = item[1]
             if isinstance(answer, kind) and answer.MessageIDBeingRespondedTo == message_id and answer.is_valid_response:
                 return int(cast("int", answer.Status))
-            others.append(item)
-        return None
-    finally:
-        for item in others:
-            messages.put(item)
+            try:
+                others.keep(item)
+            except ConnectionAbortedError as error:
+                log.warning("commitment.broken_off", reason=str(error))
+                association.abort(block=False)
+                return None
+    return None
 
 
 def _news(association: AcceptedAssociation) -> bool:

@@ -10,7 +10,8 @@ DICOM PS3.7 Sections 9.1.2 to 9.1.4, 9.3.2 to 9.3.4 and Annex C (status); PS3.4 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from pydicom.uid import UID
@@ -18,6 +19,8 @@ from pydicom.uid import UID
 from dicom_node.dimse import message
 
 if TYPE_CHECKING:
+    import queue
+
     from pynetdicom.presentation import PresentationContext
 
     from dicom_node.dimse.scp import AcceptedAssociation
@@ -38,6 +41,7 @@ UNRECOGNISED_OPERATION: Final = 0x0211
 _OFFENDING_ELEMENT, _REMAINING = 0x0901, 0x1020
 _HAS_DATA_SET = 0x0001
 _FLUSH = 32_768
+_OTHERS = 16
 
 
 class Operation:
@@ -153,3 +157,30 @@ def is_asked(wanted: type[Any], association: AcceptedAssociation, context: Prese
 def negotiated_for(association: AcceptedAssociation, sop_class_uid: str) -> bytes:
     """Return the Service-class-application-information that the requestor proposed for a SOP class; empty: none."""
     return association.requestor.sop_class_extended.get(UID(sop_class_uid), b"")
+
+
+class Others(list[Any]):
+    """What came while the answer to a request of ours was waited for."""
+
+    def keep(self, item: Any) -> None:
+        """Keep a message for afterwards.
+
+        Raises
+        ------
+        ConnectionAbortedError
+            They are too many; the association is to be ended.
+        """
+        if len(self) >= _OTHERS:
+            raise ConnectionAbortedError("the peer sent requests beyond number instead of the answer to ours")
+        self.append(item)
+
+
+@contextmanager
+def others_of(messages: queue.Queue[Any]) -> Iterator[Others]:
+    """For the length of a block keep messages that are to be served after it; then they are put back, in their order."""
+    others = Others()
+    try:
+        yield others
+    finally:
+        for item in others:
+            messages.put(item)

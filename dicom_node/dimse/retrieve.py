@@ -35,7 +35,7 @@ from dicom_node.dimse.identifier import (
 from dicom_node.dimse.information_model import MODELS, UNIQUE_KEYS, InformationModel, uids
 from dicom_node.dimse.operation import Operation, negotiated_for
 from dicom_node.dimse.receive import unobserved
-from dicom_node.dimse.scu import MoveOriginator, Outcome, StorageSCU, Stored, fit, is_stored, store_command, write_store
+from dicom_node.dimse.scu import MoveOriginator, Outcome, StorageSCU, Stored, fit, is_stored, refusal, store_command, write_store
 from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
 from storage.admission import actor_of
 from storage.errors import StorageError
@@ -324,16 +324,22 @@ class RetrieveSCP:
             return error
         write_store(asking.socket(), prepared, store_command(instance.summary, message_id), asking.maximum_length)
         deadline = time.monotonic() + self._answer_s
-        while time.monotonic() < deadline:
-            try:
-                _, answer = association.dimse.msg_queue.get(timeout=_LOOK_S)
-            except queue.Empty:
-                continue
-            if answer is None:
-                raise ConnectionResetError("the association ended within a sub-operation")
-            if isinstance(answer, C_STORE) and answer.is_valid_response and answer.MessageIDBeingRespondedTo == message_id:
-                status = int(answer.Status or 0)
-                return Stored(status) if is_stored(status) else Refused(status, f"the requestor refused it with status {status:04X}")
+        messages = association.dimse.msg_queue
+        with operation.others_of(messages) as others:  # a C-ECHO, say: it is answered when the operation is done
+            while time.monotonic() < deadline:
+                try:
+                    item = messages.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    continue
+                answer = item[1]
+                if answer is None:
+                    raise ConnectionResetError("the association ended within a sub-operation")
+                if isinstance(answer, C_STORE) and answer.is_valid_response and answer.MessageIDBeingRespondedTo == message_id:
+                    status = int(answer.Status or 0)
+                    if is_stored(status):
+                        return Stored(status)
+                    return Refused(status, refusal("the requestor", status))
+                others.keep(item)
         raise TimeoutError(f"the requestor gave no answer to a sub-operation within {self._answer_s:g} s")
 
     # -- both ------------------------------------------------------------------------------------------------------------------------

@@ -52,8 +52,9 @@ _CONVERSION_BYTES = 64 * 1024**2
 _MOVE_ORIGINATOR_AE_TITLE, _MOVE_ORIGINATOR_MESSAGE_ID = 0x1030, 0x1031
 _LOOK_S, _PATIENCE_S = 0.25, 0.5
 _Proposal: TypeAlias = tuple[str, tuple[str, ...]]
-_DUPLICATE = 0x0111  # Duplicate SOP Instance: the peer has it, from a delivery whose answer was lost
-_WARNINGS = frozenset({0x0001, 0x0107, 0x0116, _DUPLICATE})
+DUPLICATE = 0x0111
+"""Duplicate SOP Instance: something is stored under this UID there, perhaps other content. What it means the caller has to know."""
+_WARNINGS = frozenset({0x0001, 0x0107, 0x0116})
 
 
 class Sendable(Protocol):
@@ -329,9 +330,7 @@ class StorageSCU:
         status, comment = self._await_answer(association, peer, message_id, errand)
         if is_stored(status):
             return Stored(status, comment)
-        raise Refused(
-            status, f"{_name(peer)} refused the instance with status {status:04X}; PS3.4 Table B.2-1 and its log say why", comment
-        )
+        raise Refused(status, refusal(_name(peer), status), comment)
 
     def _await_answer(self, association: Association, peer: Peer, message_id: int, errand: _Errand) -> tuple[int, str]:
         """Return status and Error Comment; once the sending is not wanted any more, it is waited for no longer than half a second."""
@@ -373,6 +372,13 @@ class _Prepared:
 def is_stored(status: int) -> bool:
     """Whether a status of C-STORE says that the peer has the instance: Success, or a warning."""
     return status == 0 or status >> 12 == 0xB or status in _WARNINGS
+
+
+def refusal(receiver: str, status: int) -> str:
+    """Say what a status of C-STORE means that is a failure, or where that is said."""
+    if status == DUPLICATE:
+        return f"{receiver} has another instance of that UID (0111); compare the two, one of them has to go"
+    return f"{receiver} refused the instance with status {status:04X}; PS3.4 Table B.2-1 and its log say why"
 
 
 def store_command(summary: Summary, message_id: int, originator: MoveOriginator | None = None) -> bytes:

@@ -147,6 +147,18 @@ def test_refusal_ends_the_job_with_its_reason(house: Rooms, pacs: Door) -> None:
     assert [job_of(house, uid, "pacs").state for uid in (other, last)] == [JobState.DONE, JobState.DONE]
 
 
+def test_a_duplicate_is_a_report_that_arrived(house: Rooms, pacs: Door) -> None:
+    """A report's UID stands for its content: 0111 says that the peer has it, from a delivery whose answer was lost (fault 35)."""
+    picture = draw()
+    archived(pacs.rooms, data_set=picture)
+    picture.PatientComments = "so that the door answers 0111"
+    uid, _ = archived(house, "pacs", data_set=picture)
+    courier(house, Peer("pacs", "DERM_NODE", "127.0.0.1", pacs.port)).deliver("pacs")
+    job = job_of(house, uid, "pacs")
+    assert job.state is JobState.DONE
+    assert job.result["status"] == "0111"
+
+
 def test_out_of_resources_is_tried_again(house: Rooms, pacs: Door) -> None:
     """A700 leaves the job ready, with one attempt spent."""
     uid, _ = archived(house, "pacs")

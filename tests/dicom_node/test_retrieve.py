@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 import tracemalloc
@@ -31,6 +32,7 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_ECHO
 from pynetdicom.dsutils import decode, encode
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 
@@ -54,6 +56,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of pydicom, ab
 
 PATIENT_MOVE, PATIENT_GET = (f"1.2.840.10008.5.1.4.1.2.1.{service}" for service in (2, 3))
 STUDY_MOVE, STUDY_GET = (f"1.2.840.10008.5.1.4.1.2.2.{service}" for service in (2, 3))
+VERIFICATION = "1.2.840.10008.1.1"
+ECHO_RSP = 0x8030
 SUCCESS, PENDING, CANCELLED, SOME_FAILED = 0x0000, 0xFF00, 0xFE00, 0xB000
 CANNOT_COUNT, CANNOT_PERFORM, UNKNOWN_DESTINATION, DOES_NOT_MATCH = 0xA701, 0xA702, 0xA801, 0xA900
 UNPLAIN = (ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
@@ -500,7 +504,7 @@ def test_a_decoder_that_hangs_costs_one_instance() -> None:
 def test_answers_of_the_requestor_are_counted(rooms: Rooms) -> None:
     """Its warnings and refusals of single sub-operations appear in the counts, the list and the final status."""
     pictures = study_of(rooms, 4)
-    answers = dict(zip([picture.SOPInstanceUID for picture in pictures], (SUCCESS, 0xB007, 0xA700, 0xC000), strict=True))
+    answers = dict(zip([picture.SOPInstanceUID for picture in pictures], (SUCCESS, 0xB007, 0x0111, 0xC000), strict=True))
     received = Received(answer=lambda uid: answers[uid])
     with door_of(rooms) as door, asking(door, received=received) as association:
         final, answer, _ = get(association, of_study(pictures))
@@ -584,6 +588,43 @@ def test_a_requestor_that_does_not_answer(rooms: Rooms) -> None:
             go_on.set()
             assert len(received.instances) == 1
             assert [status.get("Status") for status, _ in responses] in ([], [None])
+        door.settle()
+        assert door.scp.associations == 0
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_other_requests_within_a_get_are_answered_after_it(rooms: Rooms, count: int) -> None:
+    """C-ECHOs that come before the answer to a sub-operation are kept and answered, 16 of them; who sends more is hung up on."""
+    pictures = study_of(rooms, 2)
+    with door_of(rooms) as door:
+        sent = threading.Event()
+
+        def echo_first(_: str) -> int:
+            if not sent.is_set():
+                sent.set()
+                for number in range(count):
+                    request = C_ECHO()
+                    request.MessageID = 100 + number
+                    request.AffectedSOPClassUID = VERIFICATION
+                    association.dimse.send_msg(request, echoing)
+            return SUCCESS
+
+        storage = ((SECONDARY_CAPTURE, (ExplicitVRLittleEndian,)), (VERIFICATION, (ImplicitVRLittleEndian,)))
+        with asking(door, storage=storage, received=Received(answer=echo_first)) as association:
+            echoing = next(int(one.context_id or 0) for one in association.accepted_contexts if one.abstract_syntax == VERIFICATION)
+            came: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            association.bind(evt.EVT_DIMSE_RECV, lambda event: came.put(event.message.command_set))
+            responses = list(association.send_c_get(of_study(pictures), STUDY_GET))
+            if count <= 16:
+                assert responses[-1][0].Status == SUCCESS
+                answered: list[int] = []
+                while len(answered) < count:
+                    command = came.get(timeout=10)
+                    if command.CommandField == ECHO_RSP:
+                        answered.append(command.MessageIDBeingRespondedTo)
+                assert answered == list(range(100, 100 + count))
+            else:
+                assert responses[-1][0].get("Status") != SUCCESS
         door.settle()
         assert door.scp.associations == 0
 
@@ -675,10 +716,12 @@ def test_move_where_some_are_refused(rooms: Rooms) -> None:
     """B000, counts and list; refusals of single instances do not stop the rest."""
     pictures = study_of(rooms, 3)
     refused = pictures[1].SOPInstanceUID
-    received = Received(answer=lambda uid: 0xA900 if uid == refused else SUCCESS)
-    with receiving(received) as destination, door_of(rooms, destination.peer) as door, asking(door) as association:
-        final, answer, _ = move(association, of_study(pictures))
-    assert (final.Status, counts(final), failed(answer)) == (SOME_FAILED, (None, 2, 1, 0), [refused])
+    for status, words in ((0xA900, "A900"), (0x0111, "has another instance of that UID")):
+        received = Received(answer=lambda uid, status=status: status if uid == refused else SUCCESS)
+        with receiving(received) as destination, door_of(rooms, destination.peer) as door, asking(door) as association:
+            final, answer, _ = move(association, of_study(pictures))
+        assert (final.Status, counts(final), failed(answer)) == (SOME_FAILED, (None, 2, 1, 0), [refused])
+        assert words in final.ErrorComment
 
 
 def test_move_goes_on_after_an_association_that_broke(rooms: Rooms) -> None:
