@@ -80,7 +80,8 @@ class DimseSection(Section):
         "three quarters of them unless its max_associations says otherwise.",
     )
     accept_unknown_peers: Literal["loopback", "never"] = Field(
-        "loopback", description="Whether senders that are no peer below may store: only while we listen on loopback, or never."
+        "loopback",
+        description="Whether callers that are no peer may store, query and retrieve: while we listen on loopback, or never.",
     )
     unknown_sop_classes: bool = Field(default=False, description="Also accept private and unknown storage SOP classes.")
     handshake_s: float = Field(10.0, gt=0, description="From connection to a whole association request, TLS included; else it is closed.")
@@ -88,7 +89,7 @@ class DimseSection(Section):
     minimum_bytes_per_s: int = Field(1024, ge=0, description="A message that comes more slowly than this over idle_s is aborted; 0: never.")
     find_rows: int = Field(10_000, ge=1, description="C-FIND: most matches of one query; then it ends with 0xA700.")
     find_s: float = Field(25.0, gt=0, description="C-FIND: longest search.")
-    retrieve_instances: int = Field(100_000, ge=1, description="C-MOVE, C-GET: most instances of one request.")
+    retrieve_instances: int = Field(65_535, ge=1, le=65_535, description="C-MOVE, C-GET: most instances of one request; more is 0xA701.")
     commitment_references: int = Field(10_000, ge=1, description="Storage commitment: most references of one request.")
     commitment_wait_s: float = Field(
         3600.0,
@@ -453,6 +454,8 @@ def _tls_faults(settings: Settings) -> list[str]:
         faults.append("tls.certificate: TLS needs a certificate and its key; name both files, or set tls.enabled = false")
     if tls.enabled and tls.client != "none" and tls.authorities is None:
         faults.append('tls.authorities: callers are asked for certificates; name who may vouch for them, or set tls.client = "none"')
+    if settings.identities.token_once and settings.dimse.processes > 1:
+        faults.append("identities.token_once: each receiving process remembers its own tokens; set dimse.processes = 1, or false here")
     for index, peer in enumerate(settings.peers):
         if peer.tls and tls.authorities is None:
             faults.append(f"peers.{index}.tls: name in tls.authorities who may vouch for peer {peer.name}")

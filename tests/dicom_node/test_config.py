@@ -99,6 +99,12 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
         ('[[peers]]\nname = "a"\nae_title = "A"\n[[routes]]\nto = ["a"]', "the 1st [[routes]], to: peer 'a' has no host and port"),
         ('[[peers]]\nname = "a"\nae_title = "A"\n[[peers]]\nname = "a"\nae_title = "B"', "the name 'a' stands twice"),
         ('[database]\nurl = "mysql://x"', "database.url"),
+        ("[tls]\nenabled = true", "tls.certificate: TLS needs a certificate and its key"),
+        ('[tls]\nenabled = true\ncertificate = "a"\nkey = "b"', "tls.authorities: callers are asked for certificates"),
+        ('[[peers]]\nname = "a"\nae_title = "A"\nhost = "h"\nport = 1\ntls = true', "name in tls.authorities who may vouch for peer a"),
+        ('[[peers]]\nname = "a"\nae_title = "A"\ncertificate = "a.example"', "without TLS no certificate is shown"),
+        ('[[peers]]\nname = "a"\nae_title = "A"\nhost = "10.0.0.300"', "host: use an IP address"),
+        ("[dimse]\nprocesses = 2\n[identities]\ntoken_once = true", "identities.token_once: each receiving process"),
         ("[dimse\n", "not valid TOML"),
     ],
 )
