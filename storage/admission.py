@@ -158,16 +158,23 @@ class Admission:
         """Put the document of a study's key where the object goes, as the row has it now.
 
         What this process remembers may be from before a rotation: that document would replace the newer one that the row vouches for, and
-        were this instance refused after that, nobody would put it right before the old wrapping key is retired.
+        were this instance refused after that, nobody would put it right before the old wrapping key is retired. A rotation may be over
+        before the document is in the store, too: so the row is read again, until it is as what was put.
         """
-        if not self._places.lands(policy):
+        name = document_name(study_key.id)
+        if self._places.lands(policy):
+            self._places.keep_document(name, self._study_keys.document(study_key), policy)
+            return
+        put = b""
+        while True:
             try:
                 study_key = self._study_keys.get(study_key.id)
             except IntegrityError as error:
                 raise Unavailable("the keys of the study changed while this instance arrived (erased, perhaps): send it again") from error
-            if study_key.stored:
+            if study_key.wrapped == put or (study_key.stored and not put):
                 return
-        self._places.keep_document(document_name(study_key.id), self._study_keys.document(study_key), policy)
+            self._places.keep_document(name, self._study_keys.document(study_key), policy)
+            put = study_key.wrapped
 
     def add_in(self, connection: Connection, record: InstanceRecord, study_key: StudyKey) -> None:
         """File an instance, or have its row where its object lies, with its study key; the Mover's job too if it landed."""

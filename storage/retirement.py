@@ -1,26 +1,25 @@
 """Retiring a wrapping key: out of the ring once nothing that can be reached needs it.
 
 A rotation re-wraps the rows of study keys, and their documents with them. A document without a row (of an orphan: the database is older
-than the bucket, or an admission died before its commit) it does not see, and without the key what that opens would be unreadable. So the
-documents are looked through before a key goes, and those are re-wrapped.
+than the bucket, or an admission died before its commit) it does not see, and without the key what that opens would be unreadable. Nor
+does it see that an older document came late, and lies in place of the newer one that the row vouches for. So all documents are looked
+through before a key goes; what needs it is re-wrapped, or put anew as its row has it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import select
-
 from storage.erasure import erased_keys
-from storage.errors import InstanceNotFound, IntegrityError, Unavailable
-from storage.study_keys import STUDY_KEYS, document_name
+from storage.errors import InstanceNotFound, IntegrityError
+from storage.study_keys import document_name
 
 if TYPE_CHECKING:
     from storage.audit import AuditTrail
@@ -64,7 +63,7 @@ class Retirement:
         self._spool = spool
 
     def retire(self, wrapping_key_id: str, *, progress: Callable[[int, int | None], object] = lambda _, __: None) -> int:
-        """Re-wrap the documents without a row that need the key, then take it out of the ring.
+        """Re-wrap the documents that need the key, then take it out of the ring.
 
         Parameters
         ----------
@@ -85,30 +84,21 @@ class Retirement:
         if wrapping_key_id != self._ring.primary_key_id and self._ring.holds(wrapping_key_id) and self._study_keys.unused(wrapping_key_id):
             store = self._store
             self._study_keys.publish_all(put_document=store.put_document, delete_document=store.delete_document)
-            done = sum(
-                self._re_wrap_all(one, wrapping_key_id, progress, vouched=one is store) for one in (store, self._spool) if one is not None
-            )
+            done = sum(self._re_wrap_all(one, wrapping_key_id, progress) for one in (store, self._spool) if one is not None)
         self._study_keys.retire(wrapping_key_id)
         return done
 
-    def _re_wrap_all(
-        self, store: ObjectStore, wrapping_key_id: str, progress: Callable[[int, int | None], object], *, vouched: bool
-    ) -> int:
+    def _re_wrap_all(self, store: ObjectStore, wrapping_key_id: str, progress: Callable[[int, int | None], object]) -> int:
         seen = done = 0
         names = store.list_documents("keys/")
         with ThreadPoolExecutor(_AT_ONCE if store.remote else 1, "retire") as pool:
             while page := [name.rpartition("/")[2] for name in islice(names, _PAGE)]:
-                strange = sorted(set(page) - self._with_row(page, vouched=vouched))
-                done += sum(pool.map(partial(self._re_wrap, store, wrapping_key_id), strange))
+                # what a spool has beside a row is in the store too
+                looked = page if store is self._store else sorted(set(page) - self._study_keys.known(page))
+                done += sum(pool.map(partial(self._re_wrap, store, wrapping_key_id), looked))
                 seen += len(page)
                 progress(seen, None)
         return done
-
-    def _with_row(self, study_key_ids: Iterable[str], *, vouched: bool) -> set[str]:
-        """Return those whose row knows them; `vouched`: and says that the document is as the row."""
-        statement = select(STUDY_KEYS.c.id).where(STUDY_KEYS.c.id.in_(list(study_key_ids)))
-        with self._database.read() as connection:
-            return set(connection.scalars(statement.where(STUDY_KEYS.c.stored == 1) if vouched else statement))
 
     def _re_wrap(self, store: ObjectStore, wrapping_key_id: str, study_key_id: str) -> bool:
         name = document_name(study_key_id)
@@ -123,7 +113,12 @@ class Retirement:
             _log.error("study_key.document_unreadable", extra={"study_key_id": study_key_id, "reason": str(error)})
             return False
         if self._study_keys.known([study_key_id]):
-            raise Unavailable("the documents of study keys are changing at this moment: try again in a minute")
+            try:
+                self._study_keys.republish(study_key_id, put_document=self._store.put_document, delete_document=self._store.delete_document)
+            except IntegrityError as error:  # erased meanwhile; or the row is damaged, and this document is what there is of the key
+                _log.error("study_key.unpublished", extra={"study_key_id": study_key_id, "reason": str(error)})
+            else:
+                return True
         if self._was_erased(key.study_instance_uid, study_key_id):
             return False
         by, wrapped = self._ring.wrap(key.secret, key.id)

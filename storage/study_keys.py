@@ -343,6 +343,10 @@ class StudyKeys:
         if not self._database.write(partial(self.mark_stored_in, study_key=key)):
             self._put_again(study_key_id, put_document, delete_document)
 
+    def republish(self, study_key_id: str, *, put_document: PutDocument, delete_document: DeleteDocument) -> None:
+        """Put the document of a key anew, though its row says that it is there: what is there is not as the row. Raises as `publish`."""
+        self._put_again(study_key_id, put_document, delete_document)
+
     def _put_again(self, study_key_id: str, put_document: PutDocument, delete_document: DeleteDocument) -> None:
         """Bring the document in line with a row that changed while one was put: what was put may have replaced a newer one."""
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -398,6 +398,38 @@ def test_a_refused_instance_does_not_replace_the_document_of_its_key(houses: Bui
     key_id = house.index.find(sample.sop_instance_uid).sealed.key_id
     assert house.study_keys.get(key_id).stored
     assert house.study_keys.from_document(store.get_document(f"keys/{key_id[:2]}/{key_id}")).id == key_id
+
+
+class _Slow(_Full):
+    """A store in which something else is over before the next document is in it."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def put_document(self, name: str, content: bytes) -> None:
+        happens, self.meanwhile = self.meanwhile, None
+        if happens is not None:
+            happens()
+        super().put_document(name, content)
+
+
+def test_a_document_that_comes_late_does_not_stay_in_place_of_a_newer_one(houses: Build) -> None:
+    """A rotation ends while the document is on its way, and the instance is refused: what lies in the store is as the row has it."""
+    store = _Slow(houses().folder / "bucket")
+    house = houses("landing", store=store, node_id=NODE, acknowledge=lambda origin: "archive" if origin.peer == "strict" else "land")
+    sample = photograph()
+    house.ingest(sample)
+
+    def rotate() -> None:
+        Ring.add(house.folder / "keys.json")
+        house.ring.holds("")
+        house.study_keys.rotate(put_document=store.put_document, delete_document=store.delete_document)
+
+    store.full, store.meanwhile = True, rotate
+    with pytest.raises(Unavailable, match="full"):
+        house.ingest(photograph(study=sample.study_instance_uid), peer="strict")
+    key = house.study_keys.get(house.index.find(sample.sop_instance_uid).sealed.key_id)
+    assert (key.stored, key.wrapping_key_id) == (True, house.ring.primary_key_id)
+    assert store.get_document(f"keys/{key.id[:2]}/{key.id}") == house.study_keys.document(key)
 
 
 def test_nothing_is_deleted_from_the_store_when_another_brought_it(houses: Build) -> None:

@@ -84,6 +84,23 @@ def test_damaged_documents_keep_no_key(house: House) -> None:
     assert house.store.get_document(name) == b"{}"
 
 
+@pytest.mark.parametrize("row_damaged", [False, True], ids=["late", "row-damaged"])
+def test_a_document_that_its_row_vouches_for_is_looked_at_too(either_house: House, *, row_damaged: bool) -> None:
+    """An older document was put over the newer one, by a process that is gone: none stays under the key that goes, a damaged row or not."""
+    house = either_house
+    house.ingest(photograph())
+    (name,) = documents(house)
+    older = house.store.get_document(name)
+    former = rotated(house)
+    house.store.put_document(name, older)
+    if row_damaged:
+        house.database.write(lambda connection: connection.exec_driver_sql("UPDATE study_keys SET wrapped = 'AAAA'"))
+    assert retirement_of(house).retire(former) == 1
+    key = house.study_keys.from_document(house.store.get_document(name))
+    assert key.wrapping_key_id == house.ring.primary_key_id
+    assert row_damaged or house.study_keys.get(key.id).wrapped == key.wrapped
+
+
 def test_nobodys_commit_waits_for_the_ring(house: House) -> None:
     """While another command holds the ring (it waits for a key service, say), retiring waits, and the archive goes on."""
     former = rotated(house)
