@@ -534,14 +534,22 @@ class WorkQueue:
         Raises
         ------
         StorageError
-            No such job, or it is neither dead nor done.
+            No such job, or it is neither dead nor done, or its object was lost with a node.
         """
-        if not self._database.write(lambda connection: self._requeue(connection, JOBS.c.id == job_id, _from(Step.REQUEUE))):
-            raise StorageError(f"job {job_id} is neither dead nor done: only such a job can be requeued")
+        if self._database.write(lambda connection: self._requeue(connection, (JOBS.c.id == job_id) & ~LOST, _from(Step.REQUEUE))):
+            return
+        with self._database.read() as connection:
+            lost = connection.scalar(select(JOBS.c.reason).where(JOBS.c.id == job_id, LOST))
+        if lost is not None:
+            raise StorageError(f"job {job_id} cannot run: {lost}")
+        raise StorageError(f"job {job_id} is neither dead nor done: only such a job can be requeued")
 
     def requeue_dead(self, kind: JobKind, *, lane: str | None = None) -> int:
-        """Make every dead job of `kind` (and `lane`) ready again, and return how many."""
-        where = JOBS.c.kind == kind.value
+        """Make every dead job of `kind` (and `lane`) ready again, and return how many.
+
+        Not those whose object was lost with a node: nobody could claim them. They are ready when the instance is sent again.
+        """
+        where = (JOBS.c.kind == kind.value) & ~LOST
         if lane is not None:
             where &= JOBS.c.lane == lane
         return self._database.write(lambda connection: self._requeue(connection, where, [JobState.DEAD.value]))

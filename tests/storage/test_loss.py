@@ -14,10 +14,9 @@ from storage.errors import ConflictingInstance, InstanceNotFound, LostObject, St
 from storage.loss import Loss, Losses
 from storage.nodes import Nodes
 from storage.records import Job, JobKind, JobState, NewReport, Outcome
-from storage.study_keys import document_name
 from tests.faults.lying_s3 import LyingS3, error
 from tests.storage.conftest import Build
-from tests.storage.house import House, origin_of
+from tests.storage.house import House
 from tests.storage.samples import Sample, photograph, report
 from tests.storage.test_erasure import concluded
 from tests.storage.test_mover import mover_of, store_of
@@ -98,6 +97,11 @@ def test_what_is_gone_is_lost_by_name_and_comes_back_when_it_is_sent_again(
     assert declared(alive) == Losses(lost=1)
     assert nothing_waits(alive)
     assert {job.state for job in alive.queue.jobs_of(sample.sop_instance_uid)} == {JobState.DEAD}
+    assert [alive.queue.requeue_dead(kind) for kind in (JobKind.ANALYSE, JobKind.ARCHIVE)] == [0, 0]
+    for job in alive.queue.jobs_of(sample.sop_instance_uid):
+        with pytest.raises(StorageError, match="declared lost: send the instance again"):
+            alive.queue.requeue(job.id)
+    assert nothing_waits(alive)
     assert (nodes_of(alive).lying()[DEAD].waiting, nodes_of(alive).lying()[DEAD].lost) == (0, 1)
     assert declared(alive) == Losses()
     assert alive.actions().count("instance.lost") == 1
@@ -267,28 +271,6 @@ def test_a_node_that_comes_back_all_the_same_goes_on(dead: House, alive: House) 
     assert nodes_of(alive).lying() == {}
     assert alive.archive.verify().intact
     assert "node.returned" in alive.actions()
-
-
-def test_a_whole_orphan_in_a_living_spool_takes_the_place_of_what_was_lost(dead: House, alive: House) -> None:
-    """Sent again, and killed before its commit: the sweep of that spool heals the lost instance, which is brought and analysed."""
-    sample = photograph()
-    dead.ingest(sample)
-    burnt(dead)
-    assert declared(alive).lost == 1
-    spool = alive.archive.places.spool
-    assert spool is not None
-    with alive.archive.receive(origin_of(), transfer_syntax_uid=sample.transfer_syntax_uid) as intake:
-        intake.write(sample.data_set)
-        record, study_key = intake.seal()
-        spool.put_document(document_name(study_key.id), alive.study_keys.document(study_key))
-        spool.put(record.sealed.object_key, intake.landing_file.path, record.sealed)
-    assert alive.archive.orphans().sweep_spool(grace=timedelta(minutes=-1)).healed == 1
-    assert alive.read(sample.sop_instance_uid) == sample.data_set
-    assert {job.state for job in jobs(alive, sample.sop_instance_uid, JobKind.ANALYSE)} == {JobState.READY}
-    bring_all(alive)
-    assert alive.index.find(sample.sop_instance_uid).landed_on == ""
-    assert nodes_of(alive).lying() == {}
-    assert alive.archive.verify().intact
 
 
 def test_what_cannot_be_asked_is_not_lost(dead: House, alive: House, lying: LyingS3) -> None:
