@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from pydicom.datadict import tag_for_keyword
@@ -61,6 +61,9 @@ UNKNOWN_DESTINATION = 0xA801
 """Refused: Move Destination unknown."""
 SOME_FAILED = 0xB000
 """Warning: sub-operations complete - one or more failures or warnings."""
+
+COUNTABLE: Final = 0xFFFF
+"""Sub-operations: Number of Remaining, Completed, Failed and Warning Sub-operations are US."""
 
 _FAILED_SOP_INSTANCE_UID_LIST = 0x00080058
 _RELATIONAL, _NEGOTIABLE = 0, 2
@@ -163,7 +166,7 @@ class RetrieveSCP:
     unknown_peers
         May callers that are no configured peer retrieve? (Those that the door lets in.)
     maximum_instances
-        Of one retrieval; then 0xA701.
+        Of one retrieval; then 0xA701. `COUNTABLE` at most.
     answer_s
         Longest wait for the answer to a sub-operation of C-GET.
     observe
@@ -179,7 +182,7 @@ class RetrieveSCP:
         peers: Peers,
         sender: StorageSCU,
         unknown_peers: bool = False,
-        maximum_instances: int = 100_000,
+        maximum_instances: int = COUNTABLE,
         answer_s: float = 60.0,
         observe: Callable[..., None] = unobserved,
     ) -> None:
@@ -189,7 +192,7 @@ class RetrieveSCP:
         self._peers = peers
         self._sender = sender
         self._unknown_peers = unknown_peers
-        self._maximum_instances = maximum_instances
+        self._maximum_instances = min(maximum_instances, COUNTABLE)
         self._answer_s = answer_s
         self._observe = observe
         self._models = {sop_class_uid: model for model in MODELS for sop_class_uid in (model.move, model.get)}
@@ -281,11 +284,17 @@ class RetrieveSCP:
         return self._finish(asking, tally)
 
     def _destination(self, ae_title: str, requestor: Peer | None) -> Peer:
-        """Return the peer of an AE title that can be called: the requestor itself, if it is one of those of that title."""
+        """Return the peer of an AE title that can be called: the requestor itself, if it is one of those of that title; else the only one.
+
+        Guessing among several would give a patient's images to the wrong machine.
+        """
         found = [peer for peer in self._peers if ae_title and peer.ae_title.strip() == ae_title and peer.callable and peer.port]
         if not found:
             raise _Refusal(UNKNOWN_DESTINATION, "the Move Destination is no configured peer; add it, with its address, to the peers")
-        return next((peer for peer in found if requestor is not None and peer.name == requestor.name), found[0])
+        own = [peer for peer in found if requestor is not None and peer.name == requestor.name]
+        if not own and len(found) > 1:
+            raise _Refusal(UNKNOWN_DESTINATION, "the Move Destination is ambiguous: several peers bear that AE title; rename one")
+        return (own or found)[0]
 
     # -- C-GET -----------------------------------------------------------------------------------------------------------------------
 

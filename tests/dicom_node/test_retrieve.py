@@ -36,10 +36,10 @@ from pynetdicom.dimse_primitives import C_ECHO
 from pynetdicom.dsutils import decode, encode
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 
-from dicom_node.dimse import transcode
+from dicom_node.dimse import retrieve, transcode
 from dicom_node.dimse.decoder import Decoder
 from dicom_node.dimse.receive import ReceiveLimits
-from dicom_node.dimse.retrieve import Outgoing, RetrieveSCP
+from dicom_node.dimse.retrieve import COUNTABLE, Outgoing, RetrieveSCP
 from dicom_node.dimse.scu import StorageSCU, fit, store_command, write_store
 from dicom_node.peers import Peer, Peers
 from storage.errors import UnsupportedInstance
@@ -682,16 +682,19 @@ def test_move_to_an_unknown_destination(rooms: Rooms) -> None:
 
 
 def test_the_requestor_itself_is_the_first_choice(rooms: Rooms) -> None:
-    """Of two peers with one AE title the one that asks gets its own."""
+    """Of two peers with one AE title the one that asks gets its own; anybody else is told that there are two, and none gets anything."""
     pictures = study_of(rooms, 1)
     with receiving() as destination:
         other = Peer("other", "DEST", "127.0.0.1", free_port())
-        peers = Peers([other, destination.peer])
+        peers = Peers([other, destination.peer, Peer("caller", "DEST", "*")])
         sender = StorageSCU(ae_title="DERM_NODE")
         service = RetrieveSCP(database=rooms.database, archive=rooms.archive, audit=rooms.audit, peers=peers, sender=sender)
         assert service._destination("DEST", destination.peer) is destination.peer
-        assert service._destination("DEST", None) is other
-    assert pictures
+        with door_of(rooms, other, destination.peer) as door, asking(door) as association:
+            final, _, pending = move(association, of_study(pictures))
+        assert (final.Status, pending) == (UNKNOWN_DESTINATION, [])
+        assert "ambiguous" in final.ErrorComment
+        assert destination.received.contexts == []
 
 
 def test_move_to_a_peer_that_is_away(rooms: Rooms) -> None:
@@ -819,6 +822,15 @@ def test_more_instances_than_the_limit(rooms: Rooms) -> None:
         final, _, pending = get(association, of_study(pictures))
     assert (final.Status, pending) == (CANNOT_COUNT, [])
     assert "retrieve them in parts" in final.ErrorComment
+
+
+def test_no_more_instances_than_can_be_counted(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts of a response are 16 bits: whatever the setting, what they cannot tell is refused with A701."""
+    pictures = study_of(rooms, 3)
+    assert COUNTABLE == 65_535
+    monkeypatch.setattr(retrieve, "COUNTABLE", 2)
+    with door_of(rooms, maximum_instances=100_000) as door, asking(door) as association:
+        assert get(association, of_study(pictures))[0].Status == CANNOT_COUNT
 
 
 def test_only_who_may_retrieve(rooms: Rooms) -> None:
