@@ -55,6 +55,7 @@ NO_SUCH_EVENT_TYPE = 0x0113
 INVALID_ARGUMENT_VALUE = 0x0115
 NO_SUCH_SOP_CLASS = 0x0118
 NO_SUCH_ACTION_TYPE = 0x0123
+NOT_AUTHORISED = 0x0124
 UNRECOGNISED_OPERATION = 0x0211
 RESOURCE_LIMITATION = 0x0213
 
@@ -134,7 +135,10 @@ class CommitmentSCP:
         return {PUSH_MODEL: _SYNTAXES}
 
     def permitted(self, peer: Peer | None) -> bool:
-        """Known peers that may store here, and those that we ask for commitment: a stranger has nobody to report to."""
+        """Known peers that may store here, and those that we ask for commitment: a stranger has nobody to report to.
+
+        The latter may report, and no more: `serve` refuses their requests.
+        """
         return peer is not None and (peer.accept or peer.commit)
 
     def serve(self, association: AcceptedAssociation, context: PresentationContext, request: Any) -> None:
@@ -160,7 +164,7 @@ class CommitmentSCP:
         commitment: Commitment | None = None
         status, reason = SUCCESS, ""
         try:
-            commitment = self._accepted(peer, context, request)
+            commitment = self._accepted(association.peer, context, request)
         except _Refusal as refusal:
             status, reason = refusal.status, str(refusal)
         except StorageError as error:
@@ -186,7 +190,9 @@ class CommitmentSCP:
             except StorageError as error:  # comes due, and the courier goes on
                 log.warning("commitment.unavailable", peer=peer, reason=str(error))
 
-    def _accepted(self, peer: str, context: PresentationContext, request: N_ACTION) -> Commitment | None:
+    def _accepted(self, peer: Peer | None, context: PresentationContext, request: N_ACTION) -> Commitment | None:
+        if peer is None or not peer.accept:
+            raise _Refusal(NOT_AUTHORISED, "who may not store here has nothing to be committed; set accept = true for the peer")
         if request.RequestedSOPClassUID != PUSH_MODEL:
             raise _Refusal(NO_SUCH_SOP_CLASS, "the Requested SOP Class is not Storage Commitment Push Model")
         if request.RequestedSOPInstanceUID != PUSH_MODEL_INSTANCE:
@@ -197,7 +203,7 @@ class CommitmentSCP:
         references = tuple(dict.fromkeys(information.referenced))
         if not references:
             raise _Refusal(INVALID_ARGUMENT_VALUE, "the Referenced SOP Sequence (0008,1199) is missing or empty")
-        return self._commitments.accept(peer, information.transaction_uid, references, lease_s=self._lease_s)
+        return self._commitments.accept(peer.name, information.transaction_uid, references, lease_s=self._lease_s)
 
     def _read(self, context: PresentationContext, encoded: BytesIO | None) -> CommitmentInformation:
         return _read(encoded, implicit=_implicit(context), limit=self._references)

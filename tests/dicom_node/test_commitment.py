@@ -195,6 +195,17 @@ def test_same_request_again_is_the_same(office: Office, door: Door, peer: Commit
     assert len(states(office)) == 1
 
 
+def test_who_may_not_store_may_not_ask(office: Office, peer: CommitmentPeer, notes: Notes) -> None:
+    """A peer that only reports to us, accept = false and commit = true, is refused with 0124, not authorised, and a note."""
+    known = Peer("pacs", "PACS", "127.0.0.1", peer.port, accept=False, commit=True)
+    with open_door(office.rooms, peers=Peers([known]), services=[office.service]) as door:
+        pair = archived(office)
+        assert peer.ask(door.port, transaction(), [pair]) == 0x0124
+        assert peer.tell(door.port, information(transaction(), [pair])) == 0x0115
+    assert states(office) == []
+    assert "accept = true" in notes.noted[0]["reason"]
+
+
 def test_transaction_uids_are_each_peers_own(office: Office, door: Door, peer: CommitmentPeer) -> None:
     """Two peers that use one Transaction UID each get their own report."""
     uid, pair = transaction(), archived(office)
