@@ -244,11 +244,15 @@ class Caretaker:
 
     def _retention(self, watch: _Watch) -> str:
         retention = self._archive.retention(days=self._retention_days)
-        watch.save(retention.noted(watch.cursor))
-        if doubt := retention.doubt(watch.cursor):
+        first, noted = not watch.cursor, retention.noted(watch.cursor)
+        if doubt := retention.doubt(noted):
+            watch.save(noted)
             retention.note_doubt(doubt)
             raise _Held(doubt)
-        watch.save(retention.believed(watch.cursor))
+        if first:
+            watch.cursor = retention.believed(noted)  # kept with the end of this round: the next is a day later, whatever happens here
+            return "the time is noted; what is due is erased from the next round on, in a day"
+        watch.save(retention.believed(noted))
         return f"{retention.erase_due(pace=watch.pace)} studies erased"
 
     def _cache(self, _watch: _Watch) -> str:

@@ -2,7 +2,8 @@
 
 That is a judgement about time, and a clock that is wrong by years would condemn everything. So the clock is compared with the time of the
 last round (at the first: of the newest audit record). Where both are too far from each other nothing is erased, until the clock is right
-again or an operator says that it is.
+again or an operator says that it is. The first round erases nothing in any case: that audit record may be of the same wrong clock, and
+whoever looks after the node has a day to see it.
 """
 
 from __future__ import annotations

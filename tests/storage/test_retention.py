@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,7 +12,7 @@ from storage.duties import Duties
 from storage.errors import InstanceNotFound, StorageError
 from storage.retention import Retention
 from tests.storage.conftest import Build
-from tests.storage.house import House
+from tests.storage.house import House, origin_of
 from tests.storage.samples import photograph
 
 
@@ -71,6 +72,30 @@ def test_a_clock_that_is_wrong_erases_nothing(house: House, off: float) -> None:
     assert duty.outcome.startswith("held: the clock says")
     assert "--confirm-clock" in duty.outcome
     assert house.read(sample.sop_instance_uid) == sample.data_set
+
+
+def test_a_first_round_erases_nothing(houses: Build) -> None:
+    """A node whose clock is years ahead takes an instance, whose audit record vouches for that clock: an operator has a day to see it."""
+    house, old = houses(), photograph()
+    house.ingest(old)
+    house = houses(clock=lambda: later(4380))
+    house.database.clock = house.archive._clock = lambda: later(4380)
+    new = photograph()
+    with house.archive.receive(replace(origin_of(), received_at=later(4380)), transfer_syntax_uid=new.transfer_syntax_uid) as intake:
+        intake.write(new.data_set)
+        intake.commit()
+    caretaker = house.archive.caretaker(duties=Duties(database=house.database, holder="one"), retention_days=3650, scrub_days=0)
+    assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+    assert "study.erased" not in house.actions()
+    (duty,) = [duty for duty in Duties(database=house.database, holder="").all() if duty.name == "retention"]
+    assert "from the next round on" in duty.outcome
+    house.database.clock = house.archive._clock = lambda: datetime.now(UTC)  # set right
+    assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+    assert house.actions()[-1] == "retention.held"
+    house.database.clock = house.archive._clock = lambda: later(4381)  # it was right
+    assert caretaker.do_due(threading.Event(), only="retention") == ["retention"]
+    assert house.actions()[-1] == "study.erased"
+    assert house.read(new.sop_instance_uid) == new.data_set
 
 
 def test_a_confirmed_clock_is_believed(house: House) -> None:
