@@ -103,9 +103,10 @@ def contenders(names: Sequence[str], environ: Mapping[str, str]) -> dict[str, Ca
     return {name: known[name] for name in names if name not in ("Orthanc", "storescp") or program(name) is not None}
 
 
-def send(folders: Sequence[Path], receiver: Receiver, environ: Mapping[str, str], *, scu: str, tls: bool) -> float:
+def send(folders: Sequence[Path], receiver: Receiver, environ: Mapping[str, str], *, scu: str, jpeg: bool, tls: bool) -> float:
     """Send each folder in an association of its own, all at once; seconds."""
     command = [scu, "--max-pdu", "131072", "-aec", receiver.ae_title, *(["+tla", "-ic"] if tls else [])]
+    command += ["--propose-jpeg8"] if jpeg and scu == "storescu" else []  # dcmsend looks into the files
     command += ["127.0.0.1", str(receiver.port), "+sd"]
     began = time.perf_counter()
     senders = [
@@ -171,7 +172,7 @@ def measured(setting: Setting, rounds: int, folder: Path) -> dict[str, Any]:
                 part.mkdir()
                 pattern.write_files(part, count // associations, per_study=setting.per_study)
             before = processor_s(receivers[name].process_id)
-            took = send(folders, receivers[name], setting.environ, scu=scu, tls=name.endswith("TLS"))
+            took = send(folders, receivers[name], setting.environ, scu=scu, jpeg=pattern.kind == "jpeg", tls=name.endswith("TLS"))
             used = processor_s(receivers[name].process_id) - before
             for part in folders:
                 shutil.rmtree(part)
