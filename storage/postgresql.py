@@ -70,6 +70,13 @@ _WORDS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
         ),
     ),
     (("28-ROLE",), "the database has no such user ({who}): create it (createuser), or correct the user in database.url"),
+    (("28-LOGIN",), "the database user may not log in ({who}): ALTER ROLE ... LOGIN, or correct the user in database.url"),
+    (("28-CA",), "the file that sslrootcert names is not there: correct it in database.url, or say sslrootcert=system"),
+    (("28-CLIENT",), "the database server asks for a certificate of the node ({who}): name it by sslcert and sslkey in database.url"),
+    (
+        ("28-REJECTED",),
+        "the database lets this machine not in ({who}): a line of the server's pg_hba.conf rejects it; change that",
+    ),
     (("28-HBA",), "the database lets this machine not in ({who}): add a line for it to the server's pg_hba.conf, and reload it"),
     (
         ("28",),
@@ -78,7 +85,7 @@ _WORDS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
             "DICOM_NODE_DATABASE__PASSWORD_FILE names, database.password, PGPASSFILE) and the user in database.url"
         ),
     ),
-    (("42501",), "the database user may not do this: make it the owner of the database, or grant it the schema"),
+    (("42501",), "the database user may not do this: make it the owner of the database, or grant it the database and its schema"),
     (("08",), "the connection to the database was lost, or cannot be made: check the server and the network between; try again"),
 )
 _REFUSALS: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
@@ -95,6 +102,11 @@ _AT_THE_DOOR: Final = (
     ("shutting down", "57P03"),
     ("session is read-only", "25006"),
     ("hot standby", "25006"),
+    ("not permitted to log in", "28-LOGIN"),
+    ("permission denied", "42501"),
+    ('root certificate file "', "28-CA"),
+    ("valid client certificate", "28-CLIENT"),
+    ("pg_hba.conf rejects", "28-REJECTED"),
     ('role "', "28-ROLE"),
     ("local user with ID", "28-ROLE"),
     ("does not exist", "3D000"),

@@ -6,6 +6,7 @@ import datetime as dt
 import ipaddress
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -282,6 +283,25 @@ def test_an_error_is_put_into_words_without_a_login_name(monkeypatch: pytest.Mon
     assert "undid one" in str(backend.translated(psycopg.errors.DeadlockDetected("x")))
     for words in ('FATAL:  database "derm" does not exist', "local user with ID 1000710000 does not exist"):
         assert f"user number {os.getuid()}, its database of this machine" in str(backend.translated(psycopg.OperationalError(words)))
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ('FATAL:  role "derm" is not permitted to log in', "may not log in .*LOGIN"),
+        ('root certificate file "/x/root.crt" does not exist\nEither provide the file or', "sslrootcert names is not there"),
+        ('FATAL:  permission denied for database "derm"\nDETAIL:  User does not have CONNECT privilege.', "grant it"),
+        ('FATAL:  pg_hba.conf rejects connection for host "10.0.0.1", user "d", database "d", no encryption', "a line .* rejects it"),
+        ('FATAL:  no pg_hba.conf entry for host "10.0.0.1", user "d", database "d", no encryption', "add a line"),
+        ("FATAL:  connection requires a valid client certificate", "sslcert and sslkey"),
+        ("certificate verify failed", "sslrootcert, and the host's name"),
+    ],
+)
+def test_what_is_said_at_the_door_gets_its_own_advice(said: str, advice: str) -> None:
+    """Words of the server, or of its client library, that come without a number."""
+    backend = PostgresqlBackend(url="postgresql://derm@/derm", busy_timeout_s=1, readers=1)
+    assert re.search(advice, str(backend.translated(psycopg.OperationalError(f'connection to server at "h", port 5432 failed: {said}'))))
     backend.close()
 
 
