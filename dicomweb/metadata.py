@@ -34,7 +34,7 @@ from dicomweb.dataset import (
 )
 from dicomweb.transcode import PIXEL_REPRESENTATION
 from storage.charset import decode
-from storage.errors import InstanceNotFound
+from storage.errors import InstanceNotFound, InvalidInstance
 
 SPECIFIC_CHARACTER_SET = 0x00080005
 ENCAPSULATED_DOCUMENT, MIME_TYPE = 0x00420011, 0x00420012
@@ -132,8 +132,20 @@ class _Level:
     tag: int = 0
     """Of the sequence that is open in it."""
     items: int = 0
-    first: bool = True
-    parts: list[str] = field(default_factory=list)
+    tags: set[int] = field(default_factory=set)
+
+    def opens(self, tag: int) -> str:
+        """Return what stands before the next attribute: nothing, or a comma.
+
+        Raises
+        ------
+        InvalidInstance
+            The element stands twice: a name must not (PS3.5 7.1, RFC 8259).
+        """
+        if tag in self.tags:
+            raise InvalidInstance(f"element ({tag >> 16:04X},{tag & 0xFFFF:04X}) stands twice in one data set or item")
+        self.tags.add(tag)
+        return "," if len(self.tags) > 1 else ""
 
 
 def instance_json(data_set: DataSet, bulk_url: Callable[[str], str], limits: InlineLimits | None = None) -> str:
@@ -167,13 +179,12 @@ def instance_json(data_set: DataSet, bulk_url: Callable[[str], str], limits: Inl
                 cap = limits.value_bytes if used < limits.total_bytes else 256
                 text = _element(data_set, event, level, lambda tag: bulk_url(_path(levels, tag)), limits, cap)
                 used += len(text)
-                out.append(f'{"" if level.first else ","}"{event.tag:08X}":{text}')
-                level.first = False
+                out.append(f'{level.opens(event.tag)}"{event.tag:08X}":{text}')
                 if event.length < 0 and len(levels) == 1:
                     break  # encapsulated pixel data: what may follow (padding, signatures) is not worth reading all fragments
             case SequenceBegin(tag=tag):
-                out.append(f'{"" if level.first else ","}"{tag:08X}":{{"vr":"SQ","Value":[')
-                level.first, level.tag, level.items = False, tag, 0
+                out.append(f'{level.opens(tag)}"{tag:08X}":{{"vr":"SQ","Value":[')
+                level.tag, level.items = tag, 0
             case ItemBegin():
                 out.append("{" if level.items == 0 else ",{")
                 level.items += 1

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from storage.comparison import same_picture
-from storage.errors import ColdObject, ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
+from storage.errors import ColdObject, ConflictingInstance, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 from storage.records import AuditEvent, JobKind, NewJob, Outcome, Receipt
 from storage.stored import StoredInstance
 from storage.study_keys import document_name
@@ -309,7 +309,7 @@ class Admission:
             self._places.require_whole(known)  # what is read below may be a cached copy
             with StoredInstance(known, self._places.open(known), self._study_keys, passed_on) as archived:
                 first = b"".join(archived.part10())
-        except (InstanceNotFound, IntegrityError) as error:
+        except (InstanceNotFound, IntegrityError, LostObject) as error:
             _log.error("object.damaged", extra={"object_key": known.sealed.object_key, "reason": str(error)})
             return False
         reader = self._places.open(stored) if stored is not None else file.reader()

@@ -346,3 +346,13 @@ def test_walk_stops_when_asked() -> None:
     first = next(opened(data, EXPLICIT_VR_LITTLE_ENDIAN).walk())
     assert isinstance(first, Found)
     assert first.tag == 0x00080016
+
+
+def test_an_element_that_stands_twice_is_refused() -> None:
+    """No name stands twice in a JSON object, at the top or in an item: such a data set is no archive's."""
+    once = struct.pack("<HH2sH", 0x0008, 0x0060, b"CS", 2) + b"XC"
+    item = struct.pack("<HHL", 0xFFFE, 0xE000, 2 * len(once)) + 2 * once
+    sequence = struct.pack("<HH2s2xL", 0x0008, 0x1140, b"SQ", len(item)) + item
+    for damaged in (2 * once, sequence):
+        with pytest.raises(InvalidInstance, match="twice"):
+            document(damaged, "1.2.840.10008.1.2.1")
