@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import structlog
@@ -23,6 +24,7 @@ log = structlog.get_logger(__name__)
 ANY_ADDRESS = "*"
 """``host`` of a peer that may call from every address; nothing can be sent to it."""
 RESERVED_NAMES: Final = frozenset({"dicomweb", "node"})
+_HOST_NAMES = 4096
 REPORT_KINDS: Final = ("sr", "seg")
 
 # PS3.5 Section 6.2, VR AE: no backslash, no control characters, not only spaces; spaces at the ends mean nothing, and are not taken.
@@ -124,6 +126,55 @@ def addresses_of(host: str) -> frozenset[str]:
     return frozenset(normal_address(str(entry[4][0])) for entry in found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """What the name service said of a host name."""
+
+    asked_at: float
+    good_at: float
+    """When it last gave addresses; -inf: never."""
+    addresses: frozenset[str]
+
+
+class HostNames:
+    """Addresses of host names, asked for anew every few seconds; while the name service does not know them, the last ones hold.
+
+    Parameters
+    ----------
+    resolve
+        As `addresses_of`.
+    fresh_s
+        How long an answer holds unasked.
+    kept_s
+        How long the last good addresses stand in for an answer.
+    """
+
+    def __init__(self, resolve: Callable[[str], frozenset[str]] = addresses_of, *, fresh_s: float = 10.0, kept_s: float = 86_400.0) -> None:
+        self._resolve = resolve
+        self._fresh_s = fresh_s
+        self._kept_s = kept_s
+        self._lock = threading.Lock()
+        self._known: dict[str, _Resolved] = {}
+
+    def addresses(self, host: str) -> frozenset[str]:
+        """Return the addresses of a host; empty: unknown for now."""
+        with contextlib.suppress(ValueError):  # a name
+            return frozenset((normal_address(host),))
+        now = time.monotonic()
+        with self._lock:
+            known = self._known.get(host)
+        if known is None or now - known.asked_at >= self._fresh_s:
+            found = self._resolve(host)  # may take long: not under the lock
+            known = known or _Resolved(now, float("-inf"), frozenset())
+            known = _Resolved(now, now, found) if found else replace(known, asked_at=now)
+            with self._lock:
+                self._known.pop(host, None)
+                while len(self._known) >= _HOST_NAMES:
+                    del self._known[next(iter(self._known))]
+                self._known[host] = known
+        return known.addresses if now - known.good_at <= self._kept_s else frozenset()
+
+
 def faults(peer: Peer) -> list[tuple[str, str]]:
     """Return what is wrong with a peer by itself: setting, and what it must be."""
     found = []
@@ -219,6 +270,8 @@ class Peers:
         How old the list of the added ones may grow. While the database is away the last one holds.
     answer_s
         How long anybody waits for it to be read again; for the first time ten times as long.
+    host_names
+        Resolves the hosts of peers.
 
     Raises
     ------
@@ -233,7 +286,9 @@ class Peers:
         added: Callable[[], Sequence[KnownPeer]] | None = None,
         refresh_s: float = 2.0,
         answer_s: float = 0.5,
+        host_names: HostNames | None = None,
     ) -> None:
+        self._host_names = host_names or HostNames()
         self._configured = {peer.name: peer for peer in peers}
         if len(self._configured) != len(peers):
             raise ValueError("two [[peers]] bear the same name; rename one of them")
@@ -244,6 +299,7 @@ class Peers:
         self._lock = threading.Lock()
         self._answered: threading.Event | None = None
         self._read_at = float("-inf")
+        self._known = added is None
         self._unavailable = False
         self._unusable: frozenset[str] = frozenset()
 
@@ -261,18 +317,27 @@ class Peers:
         """Return the peer that calls with `ae_title` from the IP address `address`.
 
         A peer that names the address wins over one that names a network, the narrower network over the wider, and these over one
-        that may call from anywhere. Host names are resolved at each call, so that a peer that moved is known again without a restart.
+        that may call from anywhere. Host names are resolved anew after some seconds, so that a peer that moved is known again without
+        a restart. Where it returns None, `unknown_for_now` says whether that is the last word.
         """
         calling = normal_address(address)
         named = self.bearing(ae_title)
         for peer in named:
-            if peer.callable and calling in addresses_of(peer.host):
+            if peer.callable and calling in self._host_names.addresses(peer.host):
                 return peer
         parsed = ipaddress.ip_address(calling)
         around = [(network.prefixlen, peer) for peer in named if (network := network_of(peer.host)) is not None and parsed in network]
         if around:
             return max(around, key=lambda pair: pair[0])[1]
         return next((peer for peer in named if peer.host == ANY_ADDRESS), None)
+
+    def unknown_for_now(self, ae_title: str) -> bool:
+        """Whether a caller that `by_calling` did not find may be a peer all the same: it is to try again, not to give up.
+
+        The added peers could not be read yet, or a peer of that AE title has a host name that does not resolve.
+        """
+        named = self.bearing(ae_title)
+        return not self._known or any(peer.callable and not self._host_names.addresses(peer.host) for peer in named)
 
     def bearing(self, ae_title: str) -> list[Peer]:
         """Return the peers of an AE title, wherever they call from."""
@@ -294,8 +359,14 @@ class Peers:
                 return self._by_name
             answered = self._answered
             if answered is None:
-                answered = self._answered = threading.Event()
-                threading.Thread(target=self._refresh, args=(answered,), name="peers", daemon=True).start()
+                answered = threading.Event()
+                thread = threading.Thread(target=self._refresh, args=(answered,), name="peers", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no thread to be had now: the next one who asks tries again
+                    log.warning("peers.unavailable", reason=str(error), advice="the last known list of added peers holds meanwhile")
+                    return self._by_name
+                self._answered = answered
             first = self._read_at == float("-inf")
         if not at_once or age >= 2 * self._refresh_s:
             answered.wait(self._answer_s * 10 if first else self._answer_s)
@@ -313,6 +384,7 @@ class Peers:
         else:
             self._unavailable = False
             self._take(known)
+            self._known = True
         finally:
             with self._lock:
                 self._read_at = time.monotonic()

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from structlog.testing import capture_logs
 
 from dicom_node import config
-from dicom_node.peers import Peer, Peers, clashes, faults, network_of
+from dicom_node.peers import HostNames, Peer, Peers, clashes, faults, network_of
 from storage.audit import AuditTrail
 from storage.database import Database
 from storage.errors import Unavailable
@@ -267,3 +267,65 @@ def test_a_closed_database_is_an_outage(tmp_path: Path) -> None:
     assert len(peers) == 1
     database.close()
     assert len(peers) == 1
+
+
+def test_the_last_addresses_hold_while_a_host_name_does_not_resolve() -> None:
+    """An outage of the name service makes no stranger of a peer; it is not asked at every call; and what it never knew may come yet."""
+    answers = [frozenset({"10.0.0.1"}), frozenset[str](), frozenset({"10.0.0.2"})]
+    asked: list[str] = []
+
+    def resolve(host: str) -> frozenset[str]:
+        asked.append(host)
+        return answers[min(len(asked), len(answers)) - 1]
+
+    peers = Peers([Peer("one", "ONE", "one.example")], host_names=HostNames(resolve, fresh_s=0.0))
+    assert [peers.by_calling("ONE", "10.0.0.1") is not None for _ in range(3)] == [True, True, False]
+    assert peers.by_calling("ONE", "10.0.0.2") is not None
+    assert not peers.unknown_for_now("ONE")
+
+    asked.clear()
+    lasting = HostNames(resolve)
+    assert lasting.addresses("one.example") == lasting.addresses("one.example") == {"10.0.0.1"}
+    assert asked == ["one.example"]
+
+    forgotten = HostNames(resolve, fresh_s=0.0, kept_s=-1.0)
+    asked.clear()
+    assert forgotten.addresses("one.example") == frozenset()
+
+    nowhere = Peers([Peer("one", "ONE", "one.example"), Peer("two", "TWO", "*")], host_names=HostNames(lambda _: frozenset()))
+    assert nowhere.by_calling("ONE", "10.0.0.1") is None
+    assert nowhere.unknown_for_now("ONE")
+    assert not nowhere.unknown_for_now("OTHER")
+
+
+def test_host_names_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers come and go: what was resolved longest ago is forgotten."""
+    monkeypatch.setattr("dicom_node.peers._HOST_NAMES", 2)
+    asked: list[str] = []
+    names = HostNames(lambda host: frozenset({asked.append(host) or "10.0.0.1"}))
+    for host in ("a", "b", "c", "c", "a"):
+        names.addresses(host)
+    assert asked == ["a", "b", "c", "a"]
+
+
+def test_nobody_is_a_stranger_before_the_added_peers_were_read() -> None:
+    """A node that starts while its database is away tells unknown callers to come again."""
+    answers: list[list[KnownPeer] | Unavailable] = [Unavailable("away"), [known("one")]]
+    peers = Peers(added=lambda: _given(answers), refresh_s=0.0, answer_s=5.0)
+    assert peers.by_calling("ONE", "10.0.0.1") is None
+    assert Peers(added=lambda: _given([Unavailable("away")]), answer_s=5.0).unknown_for_now("ONE")
+    assert peers.by_calling("ONE", "10.0.0.1") is not None
+    assert not peers.unknown_for_now("OTHER")
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of threads the last list holds; once there are some, it is read."""
+    peers = Peers(added=lambda: [known("one")], refresh_s=0.0, answer_s=5.0)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert peers.get("one") is None
+    assert peers.get("one") is not None
