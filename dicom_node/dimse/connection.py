@@ -39,6 +39,74 @@ class PlainConnection(socket.socket):
             super().sendall(data, flags)
 
 
+class Pace:
+    """Judges a peer by how much of what we write it takes while we wait for it.
+
+    One that takes a few bytes now and then would hold a thread and a slot without end, and no single write would take long.
+
+    Parameters
+    ----------
+    judged_s
+        After how much waiting it is judged, each time anew.
+    minimum_bytes_per_s
+        What it has to take in that time.
+    """
+
+    def __init__(self, *, judged_s: float = 60.0, minimum_bytes_per_s: float = 1024.0) -> None:
+        self._judged_s = judged_s
+        self._minimum = minimum_bytes_per_s
+        self._waited_s = 0.0
+        self._went = 0
+
+    def note(self, waited_s: float, count: int) -> None:
+        """Count what went, and how long it was waited for.
+
+        Raises
+        ------
+        TimeoutError
+            The peer is too slow.
+        """
+        self._waited_s += waited_s
+        self._went += count
+        if self._waited_s >= self._judged_s:
+            slow = self._went < self._waited_s * self._minimum
+            self._waited_s, self._went = 0.0, 0
+            if slow:
+                raise TimeoutError("the peer reads slower than the minimum rate")
+
+
+class Outflow:
+    """Writes all it is given to a connection, at the peer's pace as long as that is one.
+
+    Parameters
+    ----------
+    connection
+        A blocking socket with SO_SNDTIMEO, or a `TlsConnection`.
+    pace
+        Of this peer, for all that is written to it.
+    """
+
+    def __init__(self, connection: Any, pace: Pace) -> None:
+        self._connection = connection
+        self._pace = pace
+
+    def sendall(self, data: bytes | bytearray | memoryview) -> None:
+        """Write.
+
+        Raises
+        ------
+        OSError
+            The peer is gone, or does not read, or too slowly.
+        """
+        with memoryview(data) as view:
+            sent = 0
+            while sent < len(view):
+                began = time.monotonic()
+                count = self._connection.send(view[sent:])
+                sent += count
+                self._pace.note(time.monotonic() - began, count)
+
+
 class TlsConnection:
     """A TLS connection whose handshake is over.
 
@@ -48,10 +116,13 @@ class TlsConnection:
         Non-blocking.
     send_s
         Longest wait for a peer that does not read.
+    pace
+        Judges one that reads slowly.
     """
 
-    def __init__(self, connection: ssl.SSLSocket, *, send_s: float) -> None:
+    def __init__(self, connection: ssl.SSLSocket, *, send_s: float, pace: Pace | None = None) -> None:
         self._connection = connection
+        self._pace = pace or Pace()
         self._send_s = send_s
         self._lock = threading.Lock()
         self._sending = threading.Lock()  # OpenSSL takes the next buffer for the rest of one that waits for room
@@ -90,14 +161,16 @@ class TlsConnection:
         Raises
         ------
         OSError
-            The connection broke; TimeoutError, the peer does not read.
+            The connection broke; TimeoutError, the peer does not read, or too slowly.
         """
         view, sent, deadline = memoryview(data), 0, time.monotonic() + self._send_s
         with self._sending:
             while sent < len(view):
                 try:
                     with self._lock:
-                        sent += self._connection.send(view[sent:])
+                        count = self._connection.send(view[sent:])
+                    sent += count
+                    self._pace.note(0.0, count)
                     deadline = time.monotonic() + self._send_s
                 except ssl.SSLWantWriteError:
                     self._wait(select.POLLOUT, deadline)
@@ -144,5 +217,7 @@ class TlsConnection:
     def _wait(self, event: int, deadline: float) -> None:
         poller = select.poll()
         poller.register(self._connection.fileno(), event)
+        began = time.monotonic()
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise TimeoutError("the peer does not read")
+        self._pace.note(time.monotonic() - began, 0)

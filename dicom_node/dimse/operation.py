@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydicom.uid import UID
 
 from dicom_node.dimse import message
+from dicom_node.dimse.connection import Outflow, Pace
 
 if TYPE_CHECKING:
     import queue
@@ -60,6 +61,7 @@ class Operation:
         self._context_id = int(context.context_id or 0)
         self._response = response
         self._buffer = bytearray()
+        self._pace = Pace()
         self.message_id = int(request.MessageID)
         self.sop_class_uid = str(request.AffectedSOPClassUID)
         self.transfer_syntax_uid = str(context.transfer_syntax[0])
@@ -129,8 +131,8 @@ class Operation:
         if waiting:
             self.socket().sendall(waiting)
 
-    def socket(self) -> Any:
-        """Return the connection, to write P-DATA to.
+    def socket(self) -> Outflow:
+        """Return the way to the peer, to write P-DATA to; what it raises is for the association to be aborted.
 
         Raises
         ------
@@ -140,7 +142,7 @@ class Operation:
         connection = self._association.dul.socket.socket if self._association.dul.socket is not None else None
         if connection is None:
             raise ConnectionResetError("the association has ended")
-        return connection
+        return Outflow(connection, self._pace)
 
 
 def is_asked(wanted: type[Any], association: AcceptedAssociation, context: PresentationContext, request: Any) -> bool:

@@ -33,6 +33,7 @@ from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse import message
 from dicom_node.dimse.calling import TlsSocket
+from dicom_node.dimse.connection import Outflow, Pace
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.receive import ReceiveLimits, UpperLayer
 from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
@@ -233,7 +234,7 @@ class StorageSCU:
         PeerUnreachable
             No association could be established.
         """
-        errand = _Errand(sent, originator, resume, wanted)
+        errand = _Errand(sent, originator, resume, wanted, Pace())
         for batch in _batches(instances):
             rest = batch
             while rest:
@@ -325,7 +326,7 @@ class StorageSCU:
                 raise PeerUnreachable(f"the sending to {_name(peer)} was cancelled within an instance")
 
         command = store_command(instance.summary, message_id, errand.originator)
-        write_store(sock, prepared, command, association.acceptor.maximum_length or 0, go_on)
+        write_store(Outflow(sock, errand.pace), prepared, command, association.acceptor.maximum_length or 0, go_on)
         errand.sent()
         status, comment = self._await_answer(association, peer, message_id, errand)
         if is_stored(status):
@@ -358,6 +359,7 @@ class _Errand:
     originator: MoveOriginator | None
     resume: bool
     wanted: Callable[[], bool]
+    pace: Pace
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pynetdicom.dsutils import decode
 
+from dicom_node.dimse.connection import Outflow, Pace
 from dicom_node.dimse.scu import StorageSCU, Stored, _fragments
 from dicom_node.errors import PeerUnreachable, Refused
 from dicom_node.peers import Peer
@@ -384,3 +386,41 @@ def test_fragments_are_the_stream(chunks: list[bytes], room: int) -> None:
     assert b"".join(fragment for fragment, _ in fragments) == b"".join(chunks)
     assert [last for _, last in fragments] == [False] * (len(fragments) - 1) + [True]
     assert all(len(fragment) == room for fragment, last in fragments if not last)
+
+
+@pytest.mark.parametrize("taken", [256, 65_536])
+def test_who_reads_a_few_bytes_now_and_then_is_given_up(taken: int) -> None:
+    """No single write takes long, and yet it would never end: below the minimum rate writing fails; above it all arrives."""
+    ours, theirs = socket.socketpair()
+    size = 400_000
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 200_000))
+        came: list[int] = []
+
+        def read() -> None:
+            while piece := theirs.recv(taken):
+                came.append(len(piece))
+                time.sleep(0.05)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        way = Outflow(ours, Pace(judged_s=0.3, minimum_bytes_per_s=20_000))
+        if taken > 1000:
+            way.sendall(bytes(size))
+        else:
+            with pytest.raises(OSError, match=r"minimum rate|temporarily"):
+                way.sendall(bytes(size))
+        ours.close()
+        reader.join()
+        assert (sum(came) == size) is (taken > 1000)
+
+
+def test_the_pace_is_judged_by_waiting_alone() -> None:
+    """A peer that is waited for for a minute must have taken 60 KiB; how long we had nothing to write does not count."""
+    pace = Pace()
+    pace.note(59.0, 0)
+    pace.note(1.0, 61_440)
+    pace.note(59.9, 1)
+    with pytest.raises(TimeoutError, match="minimum rate"):
+        pace.note(0.1, 100)
