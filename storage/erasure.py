@@ -7,6 +7,7 @@ record names their keys, so the orphan sweep deletes them and never takes them b
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -258,11 +259,14 @@ def erased_keys(audit: AuditTrail, study_instance_uid: str) -> list[str] | None:
     return sorted({str(key_id) for event in events for key_id in event.detail.get("study_keys", ())})
 
 
-def key_was_erased(database: Database, study_key_id: str) -> bool:
-    """Tell whether the audit trail says that a study key was erased, of whatever study. It looks through the whole trail."""
-    named = (AUDIT.c.action == "study.erased", AUDIT.c.detail.contains(f'"{study_key_id}"', autoescape=True))
+def all_erased_keys(database: Database) -> set[str]:
+    """Return the ids of all keys of which the audit trail says that they were erased, with a study or from the quarantine.
+
+    It looks through the whole trail.
+    """
+    statement = select(AUDIT.c.detail).where(AUDIT.c.action.in_(("study.erased", "quarantine.dropped")))
     with database.read() as connection:
-        return connection.scalar(select(AUDIT.c.seq).where(*named).limit(1)) is not None
+        return {str(key_id) for detail in connection.scalars(statement) for key_id in json.loads(detail).get("study_keys", ())}
 
 
 def _identity(one: QuarantinedInstance) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +32,7 @@ from sqlalchemy import delete, select
 
 from storage.admission import event_of
 from storage.database import utc_now
-from storage.erasure import erased_keys, key_was_erased
+from storage.erasure import all_erased_keys, erased_keys
 from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.records import InstanceRecord, JobKind, JobState, NewJob, ReportRecord
@@ -191,11 +191,12 @@ class Orphans:
     ) -> None:
         found: list[_Orphan] = []
         unread = Unread()
+        erased = cache(partial(all_erased_keys, self._database))
         with ThreadPoolExecutor(_AT_ONCE if self._places.remote else 1, "orphans") as pool:
             while page := list(islice(object_keys, _PAGE)):
                 pace(0)
                 orphans = self._without_row(page, in_spool=in_spool)
-                look = partial(self._look, keys=keys, in_spool=in_spool, restored=restored)
+                look = partial(self._look, keys=keys, erased=erased, in_spool=in_spool, restored=restored)
                 for object_key, (seen, orphan) in zip(orphans, pool.map(look, orphans), strict=True):
                     swept.note(_noted(unread, object_key, seen))
                     found += [orphan] if orphan is not None else []
@@ -221,7 +222,9 @@ class Orphans:
                     self._places.settle(record.sealed)  # brought into the store; the Mover died before it tidied up
         return [object_key for object_key in object_keys if object_key not in known]
 
-    def _look(self, object_key: str, *, keys: KeyRing, in_spool: bool, restored: bool) -> tuple[Fate | Unavailable | None, _Orphan | None]:
+    def _look(
+        self, object_key: str, *, keys: KeyRing, erased: Callable[[], set[str]], in_spool: bool, restored: bool
+    ) -> tuple[Fate | Unavailable | None, _Orphan | None]:
         """Read an orphan's record; what nobody can open is done with. Unavailable is handed back."""
         try:
             try:
@@ -229,7 +232,7 @@ class Orphans:
             except NoStudyKey as error:
                 if restored or keys.listed(error.study_key_id):
                     return "waiting", None  # table or documents may be older than they should be, or the store was wrong about one of them
-                if in_spool and not key_was_erased(self._database, error.study_key_id):
+                if in_spool and error.study_key_id not in erased():
                     return "waiting", None  # it was acknowledged, perhaps, and its key may come back with another backup
                 _log.warning("orphan.without_key", extra={"object_key": object_key, "study_key_id": error.study_key_id})
                 self._delete(object_key, in_spool=in_spool)
@@ -421,6 +424,7 @@ class Orphans:
             known = self._study_keys.known(page)
             candidates += [study_key_id for study_key_id in page if study_key_id not in known]
         needed: set[str] | None = None
+        erased = all_erased_keys(self._database) if candidates else set()
         unread = Unread()
         for study_key_id in candidates:
             try:
@@ -436,7 +440,7 @@ class Orphans:
                 swept.waiting += 1
                 continue
             unread.over()
-            if study_key_id not in (erased_keys(self._audit, key.study_instance_uid) or ()):
+            if study_key_id not in erased:
                 if not unneeded or key.created_at >= before:
                     continue
                 if needed is None:

@@ -15,6 +15,7 @@ from storage.errors import ConflictingInstance, InstanceNotFound, Unavailable
 from storage.keys import Ring
 from storage.objects import DirectoryStore, ObjectReader, ObjectStore
 from storage.records import InstanceRecord, JobKind, JobState, SealedObject
+from storage.study_keys import document_name
 from tests.storage.conftest import Build
 from tests.storage.house import House, origin_of
 from tests.storage.samples import Sample, new_uid, photograph
@@ -464,6 +465,23 @@ def test_the_key_of_what_lies_in_another_spool_stays(houses: Build, tmp_path: Pa
     again = without_database(houses, other, store)
     assert again.archive.orphans().sweep_spool(grace=NOW).adopted == 1
     assert again.read(sample.sop_instance_uid) == sample.data_set
+
+
+def test_the_key_of_what_was_dropped_from_the_quarantine_goes(houses: Build, tmp_path: Path) -> None:
+    """Its document was left in a shared store, which could not be asked then: the audit trail says that it was erased."""
+    store = _Full(tmp_path / "bucket")
+    house = houses(store=store)
+    first = photograph()
+    house.ingest(first)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(photograph(sop=first.sop_instance_uid))
+    (one,) = house.archive.quarantine().all()
+    name = document_name(one.record.sealed.key_id)
+    content = store.get_document(name)
+    house.archive.quarantine().drop(one.id, actor="operator", reason="")
+    store.put_document(name, content)
+    assert house.archive.orphans().sweep(grace=NOW).documents == 1
+    assert name not in list(store.list_documents("keys/"))
 
 
 def test_a_landed_object_without_key_goes_only_when_it_was_erased(houses: Build, tmp_path: Path) -> None:
