@@ -15,8 +15,9 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, Final, Self
 
 from storage.errors import UnsupportedInstance
@@ -27,6 +28,42 @@ _CPU_S = 900
 _MEMORY_BYTES = 8 * 1024**3
 _LENGTH = struct.Struct(">Q")
 _ANSWER_BYTES = 65_536
+_LOOK_S = 0.25
+
+
+class Turns:
+    """How many decoders there may be at once; who asks for one more waits for his turn.
+
+    Parameters
+    ----------
+    count
+        None: one for each processor.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        self._free = threading.BoundedSemaphore(count or len(os.sched_getaffinity(0)))
+
+    @contextlib.contextmanager
+    def take(self, wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Hold a turn for the length of a block.
+
+        Parameters
+        ----------
+        wanted
+            Asked while it waits.
+
+        Raises
+        ------
+        UnsupportedInstance
+            It is not wanted any more.
+        """
+        while not self._free.acquire(timeout=_LOOK_S):
+            if not wanted():
+                raise UnsupportedInstance("the decoding is not wanted any more")
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 class Decoder:

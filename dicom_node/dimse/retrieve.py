@@ -15,6 +15,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ from pydicom.uid import UID
 from pynetdicom.dimse_primitives import C_GET, C_MOVE, C_STORE
 
 from dicom_node.dimse import operation, transcode
+from dicom_node.dimse.decoder import Turns
 from dicom_node.dimse.identifier import (
     EXPLICIT_VR_LITTLE_ENDIAN,
     TRANSFER_SYNTAXES,
@@ -81,6 +83,8 @@ class Outgoing:
 
     archive: Archive
     summary: Summary
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What is held while a decoder runs for it."""
 
     @property
     def alternatives(self) -> tuple[str, ...]:
@@ -95,7 +99,7 @@ class Outgoing:
     def converted(self, transfer_syntax_uid: str) -> Iterator[bytes]:
         """Its data set in one of the alternatives."""
         with self.archive.open(self.summary.sop_instance_uid) as stored:
-            yield from transcode.transcoded(stored, transfer_syntax_uid)
+            yield from transcode.transcoded(stored, transfer_syntax_uid, self.turn())
 
 
 @dataclass(slots=True)
@@ -194,6 +198,7 @@ class RetrieveSCP:
         self._unknown_peers = unknown_peers
         self._maximum_instances = min(maximum_instances, COUNTABLE)
         self._answer_s = answer_s
+        self._decoders = Turns()
         self._observe = observe
         self._models = {sop_class_uid: model for model in MODELS for sop_class_uid in (model.move, model.get)}
 
@@ -331,7 +336,8 @@ class RetrieveSCP:
             prepared = fit(instance, accepted, "the requestor")
         except (DeliveryError, StorageError) as error:
             return error
-        write_store(asking.socket(), prepared, store_command(instance.summary, message_id), asking.maximum_length)
+        with closing(prepared):
+            write_store(asking.socket(), prepared, store_command(instance.summary, message_id), asking.maximum_length)
         deadline = time.monotonic() + self._answer_s
         messages = association.dimse.msg_queue
         with operation.others_of(messages) as others:  # a C-ECHO, say: it is answered when the operation is done
@@ -377,7 +383,11 @@ class RetrieveSCP:
                 self._note(association, identifier.level, located, destination)
             except StorageError as error:
                 raise _Refusal(CANNOT_PERFORM, str(error)) from error
-        return [Outgoing(self._archive, _summary(one)) for one in located]
+
+        def turn() -> AbstractContextManager[None]:
+            return self._decoders.take(lambda: not (asking.cancelled or asking.over))
+
+        return [Outgoing(self._archive, _summary(one), turn) for one in located]
 
     def _note(self, association: AcceptedAssociation, level: Level, located: Sequence[Located], destination: str) -> None:
         """Write the audit records of what is about to be given; without them nothing is."""

@@ -260,7 +260,8 @@ class StorageSCU:
                     broken = isinstance(error, PeerUnreachable) or (isinstance(error, StorageError) and not errand.resume)
                 else:
                     try:
-                        outcome = self._store_one(association, peer, instance, number % 0x10000, prepared, errand)
+                        with contextlib.closing(prepared):
+                            outcome = self._store_one(association, peer, instance, number % 0x10000, prepared, errand)
                     except (DeliveryError, StorageError) as error:
                         outcome = error
                     except OSError as error:
@@ -369,6 +370,11 @@ class _Prepared:
     context_id: int
     first: bytes
     rest: Iterator[bytes]
+
+    def close(self) -> None:
+        """Give back what reading it holds: files, a decoder's turn."""
+        if isinstance(self.rest, Generator):
+            self.rest.close()
 
 
 def is_stored(status: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -94,8 +95,13 @@ def in_order_of_use(syntaxes: Sequence[str]) -> list[str]:
     return [*(syntax for syntax in PLAIN if syntax in syntaxes), *(syntax for syntax in syntaxes if syntax not in PLAIN)]
 
 
-def transcoded(stored: StoredInstance, transfer_syntax_uid: str) -> Iterator[bytes]:
-    """Give the data set of an instance in one of its `alternatives`, in pieces.
+def transcoded(stored: StoredInstance, transfer_syntax_uid: str, turn: AbstractContextManager[None] | None = None) -> Iterator[bytes]:
+    """Give the data set of an instance in one of its `alternatives`, in pieces. To be closed by who does not take all of them.
+
+    Parameters
+    ----------
+    turn
+        Held while a process of its own decodes; None: at once.
 
     Raises
     ------
@@ -108,7 +114,7 @@ def transcoded(stored: StoredInstance, transfer_syntax_uid: str) -> Iterator[byt
     explicit = transfer_syntax_uid == EXPLICIT_VR_LITTLE_ENDIAN
     data_set = DataSet(stored.read, source)
     if TRANSFER_SYNTAXES[source].encapsulated and stored.record.summary.has_pixel_data:
-        yield from _decoded(data_set, source, explicit=explicit)
+        yield from _decoded(data_set, source, turn or nullcontext(), explicit=explicit)
     else:
         yield from _gathered(_written(data_set, explicit=explicit))
 
@@ -196,7 +202,7 @@ def _element(data_set: DataSet, element: Element, vr: str, *, explicit: bool) ->
 # -- compressed ----------------------------------------------------------------------------------------------------------------------
 
 
-def _decoded(data_set: DataSet, source: str, *, explicit: bool) -> Iterator[bytes]:
+def _decoded(data_set: DataSet, source: str, turn: AbstractContextManager[None], *, explicit: bool) -> Iterator[bytes]:
     """Write a data set with its frames decoded; the first one before anything is written, so that a failure is known in time."""
     numbers, interpretation = _image(data_set)
     try:
@@ -222,7 +228,7 @@ def _decoded(data_set: DataSet, source: str, *, explicit: bool) -> Iterator[byte
         "signed": numbers.get("signed", 0) == 1,
         "vr": "OW" if allocated > 8 else "OB",
     }
-    with Decoder(image, frame_bytes=frame_bytes) as decoder:
+    with turn, Decoder(image, frame_bytes=frame_bytes) as decoder:
 
         def frame(number: int) -> tuple[bytes, str]:
             size = sum(length for _, length in spans[number])

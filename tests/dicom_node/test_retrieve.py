@@ -37,7 +37,7 @@ from pynetdicom.dsutils import decode, encode
 from pynetdicom.pdu_primitives import SOPClassExtendedNegotiation
 
 from dicom_node.dimse import retrieve, transcode
-from dicom_node.dimse.decoder import Decoder
+from dicom_node.dimse.decoder import Decoder, Turns
 from dicom_node.dimse.receive import ReceiveLimits
 from dicom_node.dimse.retrieve import COUNTABLE, Outgoing, RetrieveSCP
 from dicom_node.dimse.scu import StorageSCU, fit, store_command, write_store
@@ -126,7 +126,7 @@ class Destination:
 
 
 @contextmanager
-def receiving(received: Received | None = None, *, syntaxes: Sequence[str] = ()) -> Iterator[Destination]:
+def receiving(received: Received | None = None, *, syntaxes: Sequence[str] = (), more: Sequence[Any] = ()) -> Iterator[Destination]:
     """Run pynetdicom's storage SCP as peer DEST."""
     received = received or Received()
     entity = AE("DEST")
@@ -135,6 +135,7 @@ def receiving(received: Received | None = None, *, syntaxes: Sequence[str] = ())
     handlers: list[Any] = [
         (evt.EVT_C_STORE, received.store),
         (evt.EVT_ACCEPTED, lambda event: received.contexts.append(len(event.assoc.accepted_contexts))),
+        *more,
     ]
     server: Any = entity.start_server(("127.0.0.1", free_port()), block=False, evt_handlers=handlers)
     try:
@@ -499,6 +500,43 @@ def test_a_decoder_that_hangs_costs_one_instance() -> None:
     image = {"transfer_syntax_uid": RLELossless, "rows": 1, "columns": 1}
     with Decoder(image, frame_bytes=1, frame_s=0.01) as decoder, pytest.raises(UnsupportedInstance, match="died"):
         decoder.decode(b"\0" * 10_000_000)
+
+
+def test_decoders_take_turns() -> None:
+    """No more of them at once than there are turns; who waits and is not wanted any more is told so, and takes none."""
+    turns = Turns(1)
+    with turns.take():
+        asked = iter((True, False))
+        with pytest.raises(UnsupportedInstance, match="not wanted"), turns.take(lambda: next(asked)):
+            pytest.fail("a second turn was given")
+        waiting = threading.Thread(target=lambda: turns.take().__enter__())
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_an_instance_that_broke_off_gives_its_turn_back(rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiver that aborts within decoded instances leaves the only decoder to the next ones."""
+    monkeypatch.setattr(retrieve, "Turns", lambda: Turns(1))
+    pictures = [compressed(RLELossless, frames=2)[0] for _ in range(3)]
+    for picture in pictures:
+        picture.StudyInstanceUID = pictures[0].StudyInstanceUID
+        archive(rooms, picture, RLELossless)
+    aborted = threading.Event()
+
+    def abort_first(event: evt.Event) -> None:
+        if not aborted.is_set():
+            aborted.set()
+            event.assoc.abort()
+
+    with receiving(more=[(evt.EVT_DATA_RECV, abort_first)]) as destination, door_of(rooms, destination.peer) as door:
+        for _ in range(2):
+            with asking(door) as association:
+                final, _, _ = move(association, of_study(pictures))
+    assert final.Status == SUCCESS
+    assert len(destination.received.instances) >= 3
 
 
 def test_answers_of_the_requestor_are_counted(rooms: Rooms) -> None:
