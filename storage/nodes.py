@@ -24,7 +24,7 @@ from storage.errors import StorageError, Unavailable
 from storage.records import AuditEvent, JobKind
 from storage.reindex import HEARD
 from storage.tables import INSTANCES
-from storage.work import JOBS, LOST, found_in
+from storage.work import JOBS, LOST, found_in, was_lost_in
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -54,12 +54,6 @@ _GONE = (
     .select_from(JOBS.join(INSTANCES, INSTANCES.c.sop_instance_uid == JOBS.c.sop_instance_uid))
     .where(_BRINGING, LOST, JOBS.c.due_at.is_(None), INSTANCES.c.landed_on == JOBS.c.home)
     .group_by(JOBS.c.home)
-)
-
-_LOST_ONE = (
-    select(JOBS.c.id)
-    .where(JOBS.c.sop_instance_uid == bindparam("uid"), _BRINGING, JOBS.c.home == bindparam("node"), LOST, JOBS.c.due_at.is_(None))
-    .limit(1)
 )
 
 SEEN_EVERY_S = 15.0
@@ -247,7 +241,7 @@ def lost_with(database: Database, node_id: str, sop_instance_uid: str) -> bool:
         The database cannot be read now.
     """
     with database.read() as connection:
-        return connection.scalar(_LOST_ONE, {"uid": sop_instance_uid, "node": node_id}) is not None
+        return was_lost_in(connection, sop_instance_uid, home=node_id)
 
 
 def _node(row: Row[Any]) -> Node:

@@ -15,11 +15,13 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
+from storage.admission import event_of
 from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError, StorageError
 from storage.failpoints import unarmed
 from storage.records import AuditEvent, InstanceRecord, JobKind, NewJob
 from storage.removal import remove_in, remove_quarantined_in, reports_made_from_in
 from storage.study_keys import document_name
+from storage.work import was_lost_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,7 +132,7 @@ class Quarantine:
         """Archive what was kept aside, in the place of the archived instance of its UID, which is kept aside in its stead.
 
         So are the reports made from the latter, whose findings are of another picture; deliveries of theirs that wait are cancelled. The
-        accepted instance is analysed anew. Nothing is deleted.
+        accepted instance is analysed anew. Nothing is deleted. What was lost with its node cannot be kept aside: the audit trail says so.
 
         Raises
         ------
@@ -217,9 +219,13 @@ class Quarantine:
         if replaced is not None:
             reports = [self._index.find_in(connection, report) for report in reports_made_from_in(connection, [uid])]
             aside = [replaced, *(report for report in reports if report is not None)]
+            lost = {one.summary.sop_instance_uid for one in aside if self._is_lost_in(connection, one)}
             remove_in(connection, [one.summary.sop_instance_uid for one in aside])
             self._queue.cancel_in(connection, [one.summary.sop_instance_uid for one in aside])
             for one in aside:
+                if one.summary.sop_instance_uid in lost:
+                    self._audit.append(connection, event_of("quarantine.lost", one, detail={"landed_on": one.landed_on}))
+                    continue
                 why = "replaced by an operator" if one is replaced else "made from an instance that an operator replaced"
                 self._index.quarantine(connection, one, why)
                 self._move_on_in(connection, one)
@@ -238,6 +244,10 @@ class Quarantine:
         event = AuditEvent(action="quarantine.accepted", outcome="success", actor=actor, subject=uid, detail=detail)
         self._audit.append(connection, event)
         return record
+
+    @staticmethod
+    def _is_lost_in(connection: Connection, record: InstanceRecord) -> bool:
+        return bool(record.landed_on) and was_lost_in(connection, record.summary.sop_instance_uid, home=record.landed_on)
 
     def _move_on_in(self, connection: Connection, record: InstanceRecord) -> None:
         """Have what lies on a node's disk alone brought into the store: the jobs about its UID were cancelled."""

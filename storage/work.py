@@ -198,6 +198,12 @@ _COUNTS = tuple(select(JOBS.c.kind, JOBS.c.state, func.count()).where(part).grou
 _OLDEST = select(JOBS.c.kind, func.min(JOBS.c.created_at)).where(_LIVE).group_by(JOBS.c.kind)
 _LOST_RESULT = '{"outcome":"lost"}'
 LOST = (JOBS.c.state == JobState.DEAD.value) & (JOBS.c.result == _LOST_RESULT)
+_LOST_ONE = (
+    select(JOBS.c.id)
+    .where(JOBS.c.sop_instance_uid == bindparam("uid"), JOBS.c.kind == JobKind.ARCHIVE.value, JOBS.c.home == bindparam("home"))
+    .where(LOST, JOBS.c.due_at.is_(None))
+    .limit(1)
+)
 """Of jobs: ended because their object was lost with the disk of the node that is their home."""
 _REHOME = (
     update(JOBS)
@@ -608,6 +614,11 @@ class WorkQueue:
         statement = update(JOBS).where(*_HELD, JOBS.c.state.in_(_from(step))).values({"state": _to(step), **values})
         if connection.execute(statement, {"job": job_id, "token": token}).rowcount != 1:
             raise LeaseLost("another worker holds this job now: its lease ran out here, or an operator requeued it")
+
+
+def was_lost_in(connection: Connection, sop_instance_uid: str, *, home: str) -> bool:
+    """Tell whether an instance was lost with the disk of the node `home`: the job that was to bring it says so."""
+    return connection.scalar(_LOST_ONE, {"uid": sop_instance_uid, "home": home}) is not None
 
 
 def found_in(connection: Connection, home: str, *, at: datetime) -> int:

@@ -273,6 +273,26 @@ def test_a_node_that_comes_back_all_the_same_goes_on(dead: House, alive: House) 
     assert "node.returned" in alive.actions()
 
 
+def test_an_accepted_instance_replaces_one_that_was_lost(dead: House, alive: House) -> None:
+    """What was lost is not kept aside, as if its node brought it yet; the trail says so, and nothing waits for the node."""
+    lost = photograph()
+    dead.ingest(lost)
+    burnt(dead)
+    assert declared(alive).lost == 1
+    other = photograph(sop=lost.sop_instance_uid, study=lost.study_instance_uid)
+    with pytest.raises(ConflictingInstance):
+        alive.ingest(other)
+    (aside,) = alive.archive.quarantine().all()
+    alive.archive.quarantine().accept(aside.id, actor="operator", reason="the other is lost")
+    assert alive.archive.quarantine().all() == []
+    assert nothing_waits(alive)
+    assert nodes_of(alive).lying().get(DEAD) is None
+    assert alive.actions()[-2:] == ["quarantine.lost", "quarantine.accepted"]
+    bring_all(alive)
+    assert alive.read(lost.sop_instance_uid) == other.data_set
+    assert alive.archive.verify().intact
+
+
 def test_what_cannot_be_asked_is_not_lost(dead: House, alive: House, lying: LyingS3) -> None:
     """With the bucket away nothing is said of any object; the same command later does it."""
     sample = photograph()
