@@ -28,6 +28,7 @@ from typing import Any
 
 import structlog
 from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_CANCEL
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import StateMachine
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_RQ
@@ -192,6 +193,22 @@ class BellQueue(queue.Queue[Any]):
         """Put, and ring."""
         super().put(item, block, timeout)
         self._ring()
+
+
+class RequestQueue(BellQueue):
+    """Messages that wait to be served; C-CANCEL-RQs wait elsewhere, and those that the library has no place for there come here."""
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Put, and ring.
+
+        Raises
+        ------
+        ProtocolViolation
+            More than ten C-CANCEL-RQs since the last request.
+        """
+        if isinstance(item[1], C_CANCEL):
+            raise ProtocolViolation("too many cancellations of nothing")
+        super().put(item, block, timeout)
 
 
 class PDUBuffer:
@@ -521,6 +538,8 @@ class UpperLayer(DULServiceProvider):
         primitive.presentation_data_value_list.append((context_id, bytes((control,)) + fragment))
         try:
             self.assoc.dimse.receive_primitive(primitive)
+        except ProtocolViolation:
+            raise
         except Exception as error:  # an edge: see _decode
             raise ProtocolViolation("message cannot be decoded") from error
 

@@ -24,7 +24,6 @@ from pynetdicom import AE, evt
 from pynetdicom._globals import DEFAULT_TRANSFER_SYNTAXES, MODE_ACCEPTOR
 from pynetdicom.acse import ACSE
 from pynetdicom.association import Association
-from pynetdicom.dimse_primitives import C_CANCEL
 from pynetdicom.pdu_primitives import A_ASSOCIATE, UserIdentityNegotiation
 from pynetdicom.presentation import PresentationContext, build_context
 from pynetdicom.sop_class import _NON_PATIENT_OBJECT_CLASSES, _STORAGE_CLASSES
@@ -33,7 +32,7 @@ from pynetdicom.transport import AddressInformation, AssociationSocket
 from dicom_node.dimse.connection import TlsConnection
 from dicom_node.dimse.library import quiet
 from dicom_node.dimse.message import ProtocolViolation, StoreRequest
-from dicom_node.dimse.receive import LINGER_S, BellQueue, ReceiveLimits, Room, Turnstile, UpperLayer, unobserved
+from dicom_node.dimse.receive import LINGER_S, BellQueue, ReceiveLimits, RequestQueue, Room, Turnstile, UpperLayer, unobserved
 from dicom_node.dimse.refusing import Words
 from dicom_node.dimse.services import Negotiating
 from dicom_node.dimse.slots import Held, Slots
@@ -556,7 +555,7 @@ class AcceptedAssociation(Association):
         turnstile = Turnstile()
         self._reactor_checkpoint = turnstile
         self.dul.to_user_queue = BellQueue(turnstile.ring)
-        self.dimse.msg_queue = BellQueue(turnstile.ring)
+        self.dimse.msg_queue = RequestQueue(turnstile.ring)
         self.acse_timeout = door.entity.acse_timeout  # their setters reach into the provider, which is a new one
         self.network_timeout = door.entity.network_timeout
         self.set_socket(AssociationSocket(self, client_socket=cast("socket.socket", connection)))
@@ -601,10 +600,11 @@ class AcceptedAssociation(Association):
     def _serve_request(self, msg: Any, context_id: int) -> None:
         """Let the service of the context answer; pynetdicom what has none (C-ECHO)."""
         try:
-            if not isinstance(msg, C_CANCEL):  # the library queues those that it has no place for
-                self._serve(msg, context_id)
+            self._serve(msg, context_id)
         finally:
             cast("UpperLayer", self.dul).relieve()
+            if not self.dimse.msg_queue.empty():  # the library takes one in each turn of its loop
+                cast("Turnstile", self._reactor_checkpoint).ring()
 
     def _serve(self, msg: Any, context_id: int) -> None:
         context = self._accepted_cx.get(context_id)

@@ -91,7 +91,12 @@ TESTS: dict[int, tuple[str, ...]] = {
     12: ("test_threats.test_user_identity", "test_identity"),
     13: ("test_threats.test_negotiation_garbage",),
     14: ("test_threats.test_broken_fragments", "test_scp.test_violations_are_aborted", "test_receive.test_violations"),
-    15: ("test_threats.test_broken_commands", "test_threats.test_floods_of_requests", "test_receive.test_mutated_messages_only_violate"),
+    15: (
+        "test_threats.test_broken_commands",
+        "test_threats.test_floods_of_requests",
+        "test_threats.test_requests_sent_ahead_are_all_answered",
+        "test_receive.test_mutated_messages_only_violate",
+    ),
     16: ("test_threats.test_other_instance_than_announced", "test_scp.test_refusals"),
     17: ("test_threats.test_other_transfer_syntax_than_negotiated", "test_scp.test_refusals"),
     18: ("test_threats.test_endless_data_set", "test_scp.test_endless_data_set_is_stopped"),
@@ -718,6 +723,21 @@ def test_floods_of_requests(door: Guarded, what: str) -> None:
             thread.join()
 
     under_attack(door, attack)
+
+
+def test_requests_sent_ahead_are_all_answered(door: Guarded) -> None:
+    """Row 15: two hundred requests in one go are answered one after the other without waiting for more to come."""
+
+    def attack(mischief: Mischief) -> None:
+        caller = mischief.associated(ECHO_CONTEXT)
+        caller.send(pdu(P_DATA, pdv(3, 3, echo_rq())) * 200)
+        for _ in range(200):
+            assert caller.status() == 0
+        released(caller)
+
+    began = time.monotonic()
+    under_attack(door, attack)
+    assert time.monotonic() - began < 30  # a quarter second each, once
 
 
 # --- rows 16 to 18: C-STORE --------------------------------------------------------------------------------------------
