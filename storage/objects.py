@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -255,6 +256,29 @@ class DirectoryStore:
     def path_of(self, object_key: str) -> Path:
         """Return where an object's file lies, for handing it on; nobody writes there."""
         return self._root / relative_path(object_key)
+
+    @contextmanager
+    def held(self, object_key: str) -> Iterator[Path]:
+        """Give a second name of an object's file, good to its end even when the object is deleted meanwhile; `clean_uploads` after a kill.
+
+        Raises
+        ------
+        InstanceNotFound, Unavailable
+            As `open`.
+        """
+        path = self._root / "keys" / object_key[:2] / f".{object_key}.{secrets.token_hex(4)}"
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.link(self._root / relative_path(object_key), path, follow_symlinks=False)
+            os.utime(path)  # young for who cleans
+        except FileNotFoundError as error:
+            raise absent(object_key) from error
+        except OSError as error:
+            raise disk_unavailable(error, self._root) from error
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def delete(self, object_key: str, *, versions: bool = False) -> None:
         """Unlink the object's file. Without `versions` that becomes durable with the folder's next flush; a sweep would find it again."""

@@ -238,10 +238,15 @@ class Places:
             try:
                 self.require_whole(replace(record, landed_on=""))
             except (InstanceNotFound, IntegrityError) as found:
-                if not still():  # brought by another process meanwhile: what is there now is the row's own
-                    raise Unavailable("the object was brought, replaced or erased meanwhile: its row says what is left to do") from found
-                self.store.delete(object_key)
-                self.store.put(object_key, path, record.sealed, tags=tags)
+                try:
+                    # another process may bring it, and settle the spool's file, between the answer and what follows
+                    with self._spool.held(object_key) as kept:
+                        if not still():  # what is there now is the row's own
+                            raise _brought_meanwhile() from found
+                        self.store.delete(object_key)
+                        self.store.put(object_key, kept, record.sealed, tags=tags)
+                except InstanceNotFound:
+                    raise _brought_meanwhile() from found
 
     def settle(self, sealed: SealedObject) -> None:
         """After the commit that says so: what was brought is in the store, the spool's file becomes a cached copy, or goes."""
@@ -335,6 +340,10 @@ def chunks_of(reader: ObjectReader) -> Iterator[bytes]:
     """Yield the whole object in pieces of a megabyte."""
     for offset in range(0, reader.size, _CHUNK):
         yield reader.read_at(offset, _CHUNK)
+
+
+def _brought_meanwhile() -> Unavailable:
+    return Unavailable("the object was brought, replaced or erased meanwhile: its row says what is left to do")
 
 
 def digest_of(reader: ObjectReader) -> str:

@@ -451,6 +451,30 @@ def test_nothing_is_deleted_from_the_store_when_another_brought_it(houses: Build
     assert store.stat(record.sealed.object_key).byte_count == record.sealed.byte_count
 
 
+def test_what_is_deleted_from_the_store_to_be_put_again_is_not_lost_meanwhile(houses: Build) -> None:
+    """Another process settles the spool's file just before: the store gets the object all the same, and no second name is left."""
+    store = _Full(houses().folder / "bucket")
+    house = houses("landing", store=store, node_id=NODE)
+    sample = photograph()
+    house.ingest(sample)
+    record, spool = house.index.find(sample.sop_instance_uid), house.archive.places.spool
+    assert spool is not None
+    other = house.folder / "other"
+    other.write_bytes(b"other bytes")
+    sealed = SealedObject(record.sealed.object_key, 11, hashlib.sha256(b"other bytes").hexdigest(), record.sealed.key_id)
+    store.put(record.sealed.object_key, other, sealed)
+
+    def settled() -> bool:
+        spool.delete(record.sealed.object_key)
+        return True
+
+    house.archive.places.bring(record, still=settled)
+    assert store.stat(record.sealed.object_key).byte_count == record.sealed.byte_count
+    assert not [path for path in (house.folder / "landed").rglob(".*") if path.is_file()]
+    with pytest.raises(InstanceNotFound), spool.held(record.sealed.object_key):
+        pass
+
+
 def test_the_key_of_what_lies_in_another_spool_stays(houses: Build, tmp_path: Path) -> None:
     """The database came back without an instance that another node took: the sweep of the store leaves its key, that node adopts it."""
     store = _Full(tmp_path / "bucket")
