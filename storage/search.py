@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,7 +102,44 @@ def count(database: Database, query: Query) -> int:
         return int(connection.execute(select(func.count()).select_from(source).where(*_conditions(query))).scalar_one())
 
 
-class Finding:
+class Interruptible:
+    """A read of the index that another thread can end: it may take long."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._driver: Any = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Have the read, which another thread runs, end soon; to be called again for as long as it has not."""
+        with self._lock:
+            self._cancelled = True
+            if self._driver is not None:
+                # SQLite's name for it, then that of psycopg; one that comes before the statement has begun is without effect
+                stop = getattr(self._driver, "interrupt", None) or self._driver.cancel
+                stop()
+
+    def _read(self, take: Callable[[Connection], list[T]]) -> list[T]:
+        """Read; nothing when it was cancelled."""
+        try:
+            with self._database.read() as connection:
+                with self._lock:
+                    if self._cancelled:
+                        return []
+                    self._driver = connection.connection.driver_connection
+                try:
+                    return take(connection)
+                finally:
+                    with self._lock:  # from here on the connection may be another's
+                        self._driver = None
+        except StorageError:
+            if not self._cancelled:
+                raise
+            return []
+
+
+class Finding(Interruptible):
     """A search in two steps: which rows match, which may take long and can be cancelled; then their answers, page by page.
 
     Between the steps it holds a number for each match, and no transaction: what was erased meanwhile is left out.
@@ -114,13 +151,10 @@ class Finding:
     """
 
     def __init__(self, database: Database, query: Query) -> None:
-        self._database = database
+        super().__init__(database)
         self._level = query.level
         self._statement = statement_of(query)
         self._keys: list[int] = []
-        self._lock = threading.Lock()
-        self._driver: Any = None
-        self._cancelled = False
 
     def find(self) -> int:
         """Find what matches and return how many; 0 when it was cancelled.
@@ -130,31 +164,8 @@ class Finding:
         StorageError
             The database cannot be read.
         """
-        try:
-            with self._database.read() as connection:
-                with self._lock:
-                    if self._cancelled:
-                        return 0
-                    self._driver = connection.connection.driver_connection
-                try:
-                    self._keys = [row[0] for row in connection.execute(self._statement)]
-                finally:
-                    with self._lock:  # from here on the connection may be another's
-                        self._driver = None
-        except StorageError:
-            if not self._cancelled:
-                raise
-            self._keys = []
+        self._keys = self._read(lambda connection: [row[0] for row in connection.execute(self._statement)])
         return len(self._keys)
-
-    def cancel(self) -> None:
-        """Have `find`, which another thread runs, end soon; to be called again for as long as it has not."""
-        with self._lock:
-            self._cancelled = True
-            if self._driver is not None:
-                # SQLite's name for it, then that of psycopg; one that comes before the statement has begun is without effect
-                stop = getattr(self._driver, "interrupt", None) or self._driver.cancel
-                stop()
 
     def pages(self) -> Iterator[list[Match]]:
         """Give the answers of what `find` found, in its order, a page at a time.
@@ -183,45 +194,63 @@ class Located:
     """Of its data set, as stored."""
 
 
-def locate(database: Database, query: Query) -> list[Located]:
-    """Return the instances that match, at most ``query.limit``, by study, series number and instance number.
+class Locating(Interruptible):
+    """Finds the instances that match, at most ``query.limit``.
 
     Raises
     ------
     InvalidQuery
         As `match`; a search for something else than instances.
     """
-    if query.level is not Level.INSTANCE:
-        raise InvalidQuery("only instances are located")
-    columns = (
-        STUDIES.c.study_instance_uid,
-        SERIES.c.series_instance_uid,
-        INSTANCES.c.sop_class_uid,
-        INSTANCES.c.sop_instance_uid,
-        INSTANCES.c.transfer_syntax_uid,
-        INSTANCES.c.byte_count,
-        SERIES.c.series_number,
-        INSTANCES.c.instance_number,
-    )
-    statement = select(*columns).select_from(INSTANCE_JOIN).where(*_conditions(query)).limit(query.limit)
-    shared: dict[str, str] = {}  # most instances have their study, series, class and syntax in common
-    with database.read() as connection:
-        found = [
-            (
-                (row.study_instance_uid, int(row.series_number or 0), row.series_instance_uid, int(row.instance_number or 0)),
-                Located(
-                    study_instance_uid=shared.setdefault(row.study_instance_uid, row.study_instance_uid),
-                    series_instance_uid=shared.setdefault(row.series_instance_uid, row.series_instance_uid),
-                    sop_class_uid=shared.setdefault(row.sop_class_uid, row.sop_class_uid),
-                    sop_instance_uid=row.sop_instance_uid,
-                    transfer_syntax_uid=shared.setdefault(row.transfer_syntax_uid, row.transfer_syntax_uid),
-                    byte_count=row.byte_count,
-                ),
-            )
-            for row in connection.execute(statement)
-        ]
-    found.sort(key=lambda one: (one[0], one[1].sop_instance_uid))
-    return [located for _, located in found]
+
+    def __init__(self, database: Database, query: Query) -> None:
+        super().__init__(database)
+        if query.level is not Level.INSTANCE:
+            raise InvalidQuery("only instances are located")
+        columns = (
+            STUDIES.c.study_instance_uid,
+            SERIES.c.series_instance_uid,
+            INSTANCES.c.sop_class_uid,
+            INSTANCES.c.sop_instance_uid,
+            INSTANCES.c.transfer_syntax_uid,
+            INSTANCES.c.byte_count,
+            SERIES.c.series_number,
+            INSTANCES.c.instance_number,
+        )
+        self._statement = select(*columns).select_from(INSTANCE_JOIN).where(*_conditions(query)).limit(query.limit)
+
+    def locate(self) -> list[Located]:
+        """Return them by study, series number and instance number; none when it was cancelled.
+
+        Raises
+        ------
+        StorageError
+            The database cannot be read.
+        """
+        shared: dict[str, str] = {}  # most instances have their study, series, class and syntax in common
+        found = self._read(
+            lambda connection: [
+                (
+                    (row.study_instance_uid, int(row.series_number or 0), row.series_instance_uid, int(row.instance_number or 0)),
+                    Located(
+                        study_instance_uid=shared.setdefault(row.study_instance_uid, row.study_instance_uid),
+                        series_instance_uid=shared.setdefault(row.series_instance_uid, row.series_instance_uid),
+                        sop_class_uid=shared.setdefault(row.sop_class_uid, row.sop_class_uid),
+                        sop_instance_uid=row.sop_instance_uid,
+                        transfer_syntax_uid=shared.setdefault(row.transfer_syntax_uid, row.transfer_syntax_uid),
+                        byte_count=row.byte_count,
+                    ),
+                )
+                for row in connection.execute(self._statement)
+            ]
+        )
+        found.sort(key=lambda one: (one[0], one[1].sop_instance_uid))
+        return [located for _, located in found]
+
+
+def locate(database: Database, query: Query) -> list[Located]:
+    """Locate at once; raises as `Locating` does."""
+    return Locating(database, query).locate()
 
 
 def statement_of(query: Query) -> Select[Any]:

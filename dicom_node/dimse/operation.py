@@ -9,10 +9,13 @@ DICOM PS3.7 Sections 9.1.2 to 9.1.4, 9.3.2 to 9.3.4 and Annex C (status); PS3.4 
 
 from __future__ import annotations
 
+import queue
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydicom.uid import UID
 
@@ -20,8 +23,6 @@ from dicom_node.dimse import message
 from dicom_node.dimse.connection import Outflow, Pace
 
 if TYPE_CHECKING:
-    import queue
-
     from pynetdicom.presentation import PresentationContext
 
     from dicom_node.dimse.scp import AcceptedAssociation
@@ -43,6 +44,8 @@ _OFFENDING_ELEMENT, _REMAINING = 0x0901, 0x1020
 _HAS_DATA_SET = 0x0001
 _FLUSH = 32_768
 _OTHERS = 16
+_LOOK_S = 0.1
+T = TypeVar("T")
 
 
 class Operation:
@@ -159,6 +162,83 @@ def is_asked(wanted: type[Any], association: AcceptedAssociation, context: Prese
 def negotiated_for(association: AcceptedAssociation, sop_class_uid: str) -> bytes:
     """Return the Service-class-application-information that the requestor proposed for a SOP class; empty: none."""
     return association.requestor.sop_class_extended.get(UID(sop_class_uid), b"")
+
+
+class SearchEnded(Exception):
+    """A search did not come to its end.
+
+    Parameters
+    ----------
+    reason
+        Cause and remedy; empty: the requestor wants no more of it, or is gone.
+    """
+
+
+class Searches:
+    """Searches of the index, each in a thread of its own, so that C-CANCEL and the end of the association are seen meanwhile.
+
+    Parameters
+    ----------
+    count
+        At once; others wait their turn.
+    longest_s
+        Of a search, waiting for its turn included.
+    """
+
+    def __init__(self, count: int = 4, *, longest_s: float = 25.0) -> None:
+        self._turns = threading.BoundedSemaphore(count)
+        self._longest_s = longest_s
+
+    def run(self, asking: Operation, search: Callable[[], T], cancel: Callable[[], None]) -> T:
+        """Return what `search` returns; `cancel` has it end soon, and is called until it has.
+
+        Raises
+        ------
+        SearchEnded
+            It is not wanted any more, or takes too long.
+        Exception
+            What `search` raised.
+        """
+        deadline = time.monotonic() + self._longest_s
+        while not self._turns.acquire(timeout=_LOOK_S):
+            if asking.cancelled or asking.over:
+                raise SearchEnded
+            if time.monotonic() > deadline:
+                raise SearchEnded("other queries keep the index busy; ask again later")
+        ended: queue.SimpleQueue[tuple[list[T], Exception | None]] = queue.SimpleQueue()
+
+        def body() -> None:
+            try:
+                ended.put(([search()], None))
+            except Exception as error:  # noqa: BLE001 - raised again in the association's thread
+                ended.put(([], error))
+            finally:
+                self._turns.release()
+
+        thread = threading.Thread(target=body, name="dimse-search", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._turns.release()
+            raise SearchEnded("no thread is to be had for the search; ask again later") from error
+        stopped: SearchEnded | None = None
+        result: tuple[list[T], Exception | None] | None = None
+        while result is None:
+            try:
+                result = ended.get(timeout=_LOOK_S)
+            except queue.Empty:
+                if asking.cancelled or asking.over:
+                    stopped = stopped or SearchEnded()
+                elif time.monotonic() > deadline:
+                    stopped = stopped or SearchEnded(f"the search took over {self._longest_s:g} s; narrow the query")
+                if stopped is not None:
+                    cancel()
+        if stopped is not None:
+            raise stopped
+        found, failure = result
+        if failure is not None:
+            raise failure
+        return found[0]
 
 
 class Others(list[Any]):

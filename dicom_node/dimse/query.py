@@ -11,8 +11,6 @@ DICOM PS3.4 Annex C: C.2.2 (matching), C.4.1 (C-FIND), C.5.1 (extended negotiati
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from dicom_node.dimse.identifier import (
     write_identifier,
 )
 from dicom_node.dimse.information_model import DEPTH, MODELS, InformationModel, uids
-from dicom_node.dimse.operation import Operation, negotiated_for
+from dicom_node.dimse.operation import Operation, SearchEnded, Searches, negotiated_for
 from dicom_node.dimse.receive import unobserved
 from dicomweb.dataset import dictionary_vr
 from storage.admission import actor_of
@@ -72,7 +70,6 @@ _TEXT_LENGTH = 1024
 """Characters of a key that is no list of UIDs: more than the longest value of any indexed VR."""
 _MODALITIES = 64
 _AUDITED_LENGTH = 1024
-_LOOK_S = 0.1
 _RELATIONAL, _COMBINED_DATETIME, _NEGOTIABLE = 0, 1, 7
 
 
@@ -157,9 +154,8 @@ class QuerySCP:
         self._ae_title = ae_title
         self._unknown_peers = unknown_peers
         self._maximum_rows = maximum_rows
-        self._search_s = search_s
         self._answers_s = answers_s
-        self._turns = threading.BoundedSemaphore(searches)
+        self._searches = Searches(searches, longest_s=search_s)
         self._observe = observe
         self._models = {model.find: model for model in MODELS}
 
@@ -224,7 +220,7 @@ class QuerySCP:
         identifier = read_identifier(encoded, asking.transfer_syntax_uid)
         asked = self._read(model, identifier, negotiated_for(association, asking.sop_class_uid))
         finding = Finding(self._database, asked.query)
-        count = 0 if asked.impossible else self._find(asking, finding, began + self._search_s)
+        count = 0 if asked.impossible else self._find(asking, finding)
         given = min(count, self._maximum_rows)
         self._note(association, asked.query, given)
         for page in finding.pages() if count else ():
@@ -241,41 +237,12 @@ class QuerySCP:
 
     # -- the search ------------------------------------------------------------------------------------------------------------------
 
-    def _find(self, asking: Operation, finding: Finding, deadline: float) -> int:
-        """Run the search in a thread of its own, so that C-CANCEL and the end of the association are seen meanwhile."""
-        while not self._turns.acquire(timeout=_LOOK_S):
-            _require_wanted(asking)
-            if time.monotonic() > deadline:
-                raise _GivenUp(_Final(operation.OUT_OF_RESOURCES, "other queries keep the index busy; ask again later"))
-        ended: queue.SimpleQueue[int | Exception] = queue.SimpleQueue()
-
-        def search() -> None:
-            try:
-                ended.put(finding.find())
-            except Exception as error:  # noqa: BLE001 - raised again in the association's thread
-                ended.put(error)
-            finally:
-                self._turns.release()
-
-        threading.Thread(target=search, name="dimse-search", daemon=True).start()
-        stopped: _GivenUp | None = None
-        found: int | Exception | None = None
-        while found is None:
-            try:
-                found = ended.get(timeout=_LOOK_S)
-            except queue.Empty:
-                if asking.cancelled or asking.over:
-                    stopped = stopped or _GivenUp(_Final(operation.CANCELLED))
-                elif time.monotonic() > deadline:
-                    reason = f"the search took over {self._search_s:g} s; narrow the query"
-                    stopped = stopped or _GivenUp(_Final(operation.OUT_OF_RESOURCES, reason))
-                if stopped is not None:
-                    finding.cancel()
-        if stopped is not None:
-            raise stopped
-        if isinstance(found, Exception):
-            raise found
-        return found
+    def _find(self, asking: Operation, finding: Finding) -> int:
+        try:
+            return self._searches.run(asking, finding.find, finding.cancel)
+        except SearchEnded as ended:
+            reason = str(ended)
+            raise _GivenUp(_Final(operation.OUT_OF_RESOURCES, reason) if reason else _Final(operation.CANCELLED)) from ended
 
     def _note(self, association: AcceptedAssociation, wanted: Query, matches: int) -> None:
         """Write the audit record of what a peer is about to see; without it nothing is shown."""

@@ -35,14 +35,14 @@ from dicom_node.dimse.identifier import (
     uid_list,
 )
 from dicom_node.dimse.information_model import MODELS, UNIQUE_KEYS, InformationModel, uids
-from dicom_node.dimse.operation import Operation, negotiated_for
+from dicom_node.dimse.operation import Operation, SearchEnded, Searches, negotiated_for
 from dicom_node.dimse.receive import unobserved
 from dicom_node.dimse.scu import MoveOriginator, Outcome, StorageSCU, Stored, fit, is_stored, refusal, store_command, write_store
 from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
 from storage.admission import actor_of
 from storage.errors import StorageError
 from storage.records import AuditEvent, Level, Query, Summary
-from storage.search import Located, locate
+from storage.search import Located, Locating
 
 if TYPE_CHECKING:
     from pynetdicom.presentation import PresentationContext
@@ -173,6 +173,10 @@ class RetrieveSCP:
         Of one retrieval; then 0xA701. `COUNTABLE` at most.
     answer_s
         Longest wait for the answer to a sub-operation of C-GET.
+    search_s
+        Longest search for what is asked for, waiting for its turn included.
+    searches
+        At once; others wait their turn.
     observe
         Told ``retrieve.answered`` with ``service`` (move, get), ``status``, ``completed``, ``failed``, ``warning`` and ``seconds``.
     """
@@ -188,6 +192,8 @@ class RetrieveSCP:
         unknown_peers: bool = False,
         maximum_instances: int = COUNTABLE,
         answer_s: float = 60.0,
+        search_s: float = 25.0,
+        searches: int = 4,
         observe: Callable[..., None] = unobserved,
     ) -> None:
         self._database = database
@@ -198,6 +204,7 @@ class RetrieveSCP:
         self._unknown_peers = unknown_peers
         self._maximum_instances = min(maximum_instances, COUNTABLE)
         self._answer_s = answer_s
+        self._searches = Searches(searches, longest_s=search_s)
         self._decoders = Turns()
         self._observe = observe
         self._models = {sop_class_uid: model for model in MODELS for sop_class_uid in (model.move, model.get)}
@@ -240,6 +247,8 @@ class RetrieveSCP:
                     status = self._move(association, context, request, asking, tally)
                 else:
                     status = self._get(association, context, request, asking, tally)
+            except SearchEnded:
+                status = self._cancelled(asking, tally)
             except InvalidIdentifier as error:
                 status, comment = error.status, str(error)
                 asking.respond(status, comment=comment, offending=error.offending)
@@ -373,7 +382,12 @@ class RetrieveSCP:
         relational = negotiated_for(association, asking.sop_class_uid)[_RELATIONAL : _RELATIONAL + 1] == b"\1"
         keys = _unique_keys(model, identifier, relational=relational)
         try:
-            located = locate(self._database, Query(Level.INSTANCE, keys, limit=self._maximum_instances + 1)) if all(keys.values()) else []
+            locating = Locating(self._database, Query(Level.INSTANCE, keys, limit=self._maximum_instances + 1))
+            located = self._searches.run(asking, locating.locate, locating.cancel) if all(keys.values()) else []
+        except SearchEnded as ended:
+            if not str(ended):
+                raise
+            raise _Refusal(CANNOT_COUNT, str(ended)) from ended
         except StorageError as error:
             raise _Refusal(CANNOT_COUNT, str(error)) from error
         if len(located) > self._maximum_instances:

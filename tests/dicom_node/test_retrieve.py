@@ -667,6 +667,56 @@ def test_other_requests_within_a_get_are_answered_after_it(rooms: Rooms, count: 
         assert door.scp.associations == 0
 
 
+@contextmanager
+def slow_index(rooms: Rooms) -> Iterator[None]:
+    """Make what locates instances count to a number that takes SQLite minutes, first."""
+    from sqlalchemy import event  # noqa: PLC0415
+
+    def slow(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> tuple[str, Any]:
+        if statement.startswith("SELECT studies.study_instance_uid"):
+            cursor.execute("WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1000000000) SELECT max(n) FROM c")
+        return statement, parameters
+
+    reader = rooms.database._backend.reader  # the engine, to slow it down
+    event.listen(reader, "before_cursor_execute", slow, retval=True)
+    try:
+        yield
+    finally:
+        event.remove(reader, "before_cursor_execute", slow)
+
+
+def test_the_search_of_a_retrieval_is_cancelled_in_the_database(rooms: Rooms) -> None:
+    """C-CANCEL while the database looks for the instances: FE00, not minutes later, and the association goes on."""
+    pictures = study_of(rooms, 1)
+    with door_of(rooms) as door, asking(door) as association:
+        with slow_index(rooms):
+            responses = association.send_c_get(of_study(pictures), STUDY_GET, msg_id=5)
+            time.sleep(0.5)
+            association.send_c_cancel(5, query_model=STUDY_GET)
+            final, _ = next(responses)
+            assert list(responses) == []
+        assert final.Status == CANCELLED
+        assert counts(final) == (0, 0, 0, 0)
+        assert get(association, of_study(pictures))[0].Status == SUCCESS
+
+
+def test_the_search_of_a_retrieval_has_a_limit(rooms: Rooms) -> None:
+    """What takes the index too long is A701; a requestor that goes away meanwhile leaves no search behind."""
+    pictures = study_of(rooms, 1)
+    with door_of(rooms, search_s=0.5, searches=1) as door, asking(door) as association, slow_index(rooms):
+        final, _, pending = get(association, of_study(pictures))
+        assert (final.Status, pending) == (CANNOT_COUNT, [])
+        assert "took over" in final.ErrorComment
+    with door_of(rooms, searches=1) as door:
+        with asking(door) as association, slow_index(rooms):
+            association.send_c_get(of_study(pictures), STUDY_GET)
+            time.sleep(0.5)
+            association.abort()
+            door.settle()
+        with asking(door) as association:
+            assert get(association, of_study(pictures))[0].Status == SUCCESS
+
+
 def test_get_is_cancelled(rooms: Rooms) -> None:
     """C-CANCEL: FE00 with what remains, and the association goes on."""
     pictures = study_of(rooms, 12)
