@@ -88,7 +88,7 @@ class DimseSection(Section):
     idle_s: float = Field(60.0, gt=0, description="An association without a byte for this long is aborted.")
     minimum_bytes_per_s: int = Field(1024, ge=0, description="A message that comes more slowly than this over idle_s is aborted; 0: never.")
     find_rows: int = Field(10_000, ge=1, description="C-FIND: most matches of one query; then it ends with 0xA700.")
-    find_s: float = Field(25.0, gt=0, description="C-FIND: longest search.")
+    find_s: float = Field(25.0, gt=0, description="C-FIND, C-MOVE, C-GET: longest search.")
     retrieve_instances: int = Field(65_535, ge=1, le=65_535, description="C-MOVE, C-GET: most instances of one request; more is 0xA701.")
     commitment_references: int = Field(10_000, ge=1, description="Storage commitment: most references of one request.")
     commitment_wait_s: float = Field(

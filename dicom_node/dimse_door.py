@@ -124,6 +124,7 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
                 sender=StorageSCU(ae_title=section.ae_title, answer_s=settings.delivery.timeout_s, tls=client_tls(settings)),
                 unknown_peers=trusts_callers(settings),
                 maximum_instances=section.retrieve_instances,
+                search_s=section.find_s,
                 observe=observe,
             ),
             CommitmentSCP(

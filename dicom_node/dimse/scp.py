@@ -93,6 +93,7 @@ ANONYMOUS = Rejection(
     1, 1, 1, "no user identified itself", "let the caller negotiate User Identity, or set identities.mode to optional or ignore"
 )
 LOCAL_LIMIT = Rejection(2, 3, 2, "local limit exceeded")
+UNKNOWN_FOR_NOW = Rejection(2, 3, 1, "who calls is not known for now", "it may try again; look at the database and the name service")
 
 
 def is_storage(sop_class_uid: str, *, unknown: bool) -> bool:
@@ -276,7 +277,8 @@ class StorageSCP:
         if called_ae_title.strip() != self.entity.ae_title.strip():
             return UNKNOWN_CALLED
         if not (peer.accept or peer.retrieve or peer.commit if peer is not None else self._accept_unknown_peers):
-            return UNKNOWN_CALLING
+            unknown_for_now = peer is None and self._peers.unknown_for_now(calling_ae_title)
+            return UNKNOWN_FOR_NOW if unknown_for_now else UNKNOWN_CALLING
         if peer is not None and peer.certificate:
             certificate = association.certificate
             if certificate is None or not matches(peer.certificate, certificate):

@@ -628,3 +628,11 @@ def test_what_repeats_is_logged_once(rooms: Rooms) -> None:
             assert rejection(door.port) == (1, 1, 3)
         door.events.wait_for("association.rejected", 50)
     assert sum(event["event"] == "association.rejected" for event in events) == 1
+
+
+def test_a_peer_whose_name_does_not_resolve_may_try_again(rooms: Rooms) -> None:
+    """While the name service is away nobody knows who calls: a transient rejection, so that the sender keeps its queue."""
+    peers = Peers([Peer("named", "NAMED", "no-such-host.invalid")])
+    with open_door(rooms, peers=peers) as door:
+        assert rejection(door.port, calling="NAMED") == (2, 3, 1)
+        assert rejection(door.port, calling="NOBODY") == (1, 1, 3)
