@@ -120,6 +120,7 @@ class Retirement:
             else:
                 return True
         if self._was_erased(key.study_instance_uid, study_key_id):
+            store.delete_document(name)  # a death kept the erasure from it; under a key that goes it would be nobody's for ever
             return False
         by, wrapped = self._ring.wrap(key.secret, key.id)
         store.put_document(name, self._study_keys.document(replace(key, wrapping_key_id=by, wrapped=wrapped)))
