@@ -27,6 +27,8 @@ _KMS = "tests/storage/test_kms.py::"
 _SCP = "tests/dicom_node/test_scp.py::"
 _SCU = "tests/dicom_node/test_scu.py::"
 _COURIER = "tests/dicom_node/test_courier.py::"
+_COMMITMENT = "tests/dicom_node/test_courier_commitment.py::"
+_SECURITY = "tests/dicom_node/test_security.py::"
 _WORKER = "tests/inference/test_worker.py::"
 _KILLS = "tests/system/test_kills.py::"
 _NODE = "tests/system/test_node.py::"
@@ -435,8 +437,13 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
         36,
         "destination acknowledges and loses",
         "P3",
-        (),
-        missing="needs storage commitment as a user (issue 4); an operator requeues deliveries until then",
+        (
+            _COMMITMENT + "test_what_the_peer_lost_is_sent_again",
+            _COMMITMENT + "test_only_what_was_lost_is_sent_again",
+            _COMMITMENT + "test_a_peer_that_never_reports",
+            _COMMITMENT + "test_killed_while_asking",
+        ),
+        control=_COMMITMENT + "test_a_peer_that_is_not_to_be_asked",
     ),
     Fault(
         37,
@@ -502,8 +509,30 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
         ),
         _CHECKER + "test_a_doctored_state_is_caught",
     ),
-    Fault(43, "server certificate expires, is renewed on disk", "P4", (), missing="the doors have no TLS yet (issue 4)"),
-    Fault(44, "client CA rotated, CRL stale", "P4", (), missing="the doors have no TLS yet (issue 4)"),
+    Fault(
+        43,
+        "server certificate expires, is renewed on disk",
+        "P4",
+        (
+            "tests/interop/test_tls.py::test_certificate_swapped_under_load",
+            _SECURITY + "test_new_pair_is_taken_up",
+            _SECURITY + "test_expiry_is_warned_of",
+        ),
+        control=_SECURITY + "test_bad_new_files_are_refused_and_the_old_kept",
+        missing="the HTTP door has no TLS of its own: the proxy's",
+    ),
+    Fault(
+        44,
+        "client CA rotated, CRL stale",
+        "P4",
+        (
+            _SECURITY + "test_bad_revocation_list_closes_the_door",
+            _SECURITY + "test_revoked_certificate_is_refused",
+            _SECURITY + "test_no_session_outlives_a_revocation",
+            _SCP + "test_credentials_that_end_end_associations",
+        ),
+        control=_SECURITY + "test_mutual_tls_by_default",
+    ),
     Fault(
         45,
         "data key missing at start, at read",
