@@ -26,7 +26,6 @@ from typing import Any, Final
 import structlog
 
 from dicom_node.dimse.connection import PlainConnection, TlsConnection
-from dicom_node.dimse.crowds import Crowds
 from dicom_node.dimse.receive import Waker
 
 log = structlog.get_logger(__name__)
@@ -71,11 +70,6 @@ def request_fault(request: bytes | bytearray) -> str:
     return ""
 
 
-def _title(request: bytes | bytearray) -> bytes:
-    """Return the calling AE title of a whole request, as it stands there."""
-    return bytes(request[26:42])
-
-
 def _items(request: bytes | bytearray, position: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Walk items or sub-items: type, where the value begins, where it ends."""
     while position < end:
@@ -97,8 +91,6 @@ class Caller:
     secured: bool
     """False while the TLS handshake is under way."""
     request: bytearray = field(default_factory=bytearray)
-    parked: bool = False
-    """Its request is whole, and its turn comes later."""
     leaving: bool = False
     """It was answered, and what it still sends is read past until it closes."""
 
@@ -131,8 +123,6 @@ class Vestibule:
         Longest wait for a peer that does not read.
     waiting, waiting_bytes
         Most connections that wait at once, and most bytes of requests that they sent so far.
-    requests_per_s, burst
-        Whole requests of one address that are given on in a second, and at once after a pause; others wait for their turn.
     turned
         Told who is turned away.
     """
@@ -148,8 +138,6 @@ class Vestibule:
         send_s: float = 60.0,
         waiting: int = 8192,
         waiting_bytes: int = 32 * 1024**2,
-        requests_per_s: float = 100.0,
-        burst: int = 200,
         turned: Callable[[Turned], None] = lambda _: None,
     ) -> None:
         self._listener = listener
@@ -162,7 +150,6 @@ class Vestibule:
         self._most = waiting
         self._most_bytes = waiting_bytes
         self._bytes = 0
-        self._crowds: Crowds[Caller] = Crowds(rate=requests_per_s, burst=burst)
         self._turned = turned
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
@@ -214,13 +201,10 @@ class Vestibule:
             else:
                 self._waker.clear()
         now = time.monotonic()
-        for caller in self._crowds.ready(now):
-            self._give_on(caller)
         for queue in (self._waiting, self._leaving):
             while queue and (caller := next(iter(queue))).deadline <= now:
                 if not caller.leaving and (caller.request or not caller.secured):
-                    reason = "no whole association request within the handshake time"
-                    self._tell(caller, "too many association requests a second of this address" if caller.parked else reason)
+                    self._tell(caller, "no whole association request within the handshake time")
                 self._forget(caller)
         if self._paused_until and self._paused_until <= now:
             self._paused_until = 0.0
@@ -230,8 +214,6 @@ class Vestibule:
         times = [next(iter(queue)).deadline for queue in (self._waiting, self._leaving) if queue]
         if self._paused_until:
             times.append(self._paused_until)
-        if (turn := self._crowds.next_at()) is not None:
-            times.append(turn)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _accept(self) -> None:
@@ -303,11 +285,8 @@ class Vestibule:
             if not missing and length > _HEADER:
                 if reason := request_fault(request):
                     self._refuse(caller, reason, 6)
-                elif self._crowds.enter(caller, address=str(caller.address[0]), title=_title(request), now=time.monotonic()):
-                    self._give_on(caller)
                 else:
-                    caller.parked = True
-                    self._selector.unregister(caller.socket)  # what it sends now is read when its turn comes
+                    self._give_on(caller)
                 return
             came = caller.socket.recv(min(missing, _CHUNK))
             if not came:
@@ -368,8 +347,7 @@ class Vestibule:
 
     def _give_on(self, caller: Caller) -> None:
         self._drop(caller)
-        if not caller.parked:
-            self._selector.unregister(caller.socket)
+        self._selector.unregister(caller.socket)
         connection: Connection
         if isinstance(caller.socket, ssl.SSLSocket):
             connection = TlsConnection(caller.socket, send_s=self._send_s)
@@ -392,8 +370,6 @@ class Vestibule:
         """Take it out of the books; its socket stays."""
         if caller in self._waiting:
             self._bytes -= len(caller.request)
-            if caller.parked:
-                self._crowds.leave(caller, address=str(caller.address[0]), title=_title(caller.request))
         self._waiting.pop(caller, None)
         self._leaving.pop(caller, None)
         address = str(caller.address[0])

@@ -397,33 +397,3 @@ def test_partial_requests_have_a_budget() -> None:
             one.close()
     finally:
         vestibule.stop()
-
-
-def test_a_flood_of_requests_waits_for_its_turns(rooms: Rooms) -> None:
-    """Whole requests beyond the rate of an address wait without a thread; another AE title there is next but one (threats 6, 7)."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=200)
-    entered: list[bytes] = []
-
-    def enter(connection: object, _address: object, request: bytes) -> None:
-        entered.append(request[26:42].strip())
-        connection.close()  # type: ignore[attr-defined]
-
-    vestibule = Vestibule(listener, enter=enter, handshake_s=60.0, requests_per_s=2.0, burst=2)  # type: ignore[arg-type]
-    vestibule.start()
-    try:
-        port = listener.getsockname()[1]
-        flood = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
-        for one in flood:
-            one.sendall(associate_rq([STORE_CONTEXT], calling="FLOOD"))
-        honest = socket.create_connection(("127.0.0.1", port))
-        honest.sendall(associate_rq([STORE_CONTEXT], calling="HONEST"))
-        honest.settimeout(30)
-        assert honest.recv(1) == b""
-        assert entered.count(b"FLOOD") < 20
-        flood[0].close()
-        flood[-1].close()
-        for one in (*flood, honest):
-            one.close()
-    finally:
-        vestibule.stop()
-    assert rooms.landing() == []
