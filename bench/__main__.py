@@ -23,24 +23,24 @@ def measured(sections: set[str], rounds: int, *, short: bool, share: float) -> d
     """Run the sections; each imports what it needs."""
     results: dict[str, Any] = {}
     if "dimse" in sections:
-        from bench import dimse  # noqa: PLC0415
+        from bench import dimse
 
         results["dimse"] = dimse.run(rounds, short=short, share=share)
     if "parts" in sections:
-        from bench import parts  # noqa: PLC0415
+        from bench import parts
 
         with tempfile.TemporaryDirectory() as name:
             results["parts"] = parts.run(Path(name))
     if "ingest" in sections:
-        from bench import ingest  # noqa: PLC0415
+        from bench import ingest
 
         results["ingest"] = ingest.run(rounds)
     if "growth" in sections:
-        from bench import growth  # noqa: PLC0415
+        from bench import growth
 
         results["growth"] = growth.run(rounds)
     if sections & {"rotation", "reindex"}:
-        from bench import care  # noqa: PLC0415
+        from bench import care
 
         results["care"] = care.run(sections & {"rotation", "reindex"})
     return results

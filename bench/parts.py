@@ -42,7 +42,7 @@ def run(folder: Path) -> dict[str, Any]:
         return 128 / (time.perf_counter() - began)
 
     def report() -> float:
-        from inference.report import build_reports  # noqa: PLC0415 - the other sections go without it
+        from inference.report import build_reports
 
         source, analysis, context = draw.source(), draw.analysis(draw.frame()), draw.context()
         began = time.process_time()

@@ -109,8 +109,8 @@ def _running(name: str, command: list[str], ae_title: str, port: int, folder: Pa
 
 def _pynetdicom(folder: Path, port: int) -> None:
     """Receive as the examples of pynetdicom's documentation do."""
-    from pynetdicom import AE, AllStoragePresentationContexts, evt  # noqa: PLC0415 - the node's own doors go without these
-    from pynetdicom._globals import ALL_TRANSFER_SYNTAXES  # noqa: PLC0415
+    from pynetdicom import AE, AllStoragePresentationContexts, evt
+    from pynetdicom._globals import ALL_TRANSFER_SYNTAXES
 
     def store(event: evt.Event) -> int:
         data_set = event.dataset
@@ -144,11 +144,11 @@ class _Floor:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ  # noqa: PLC0415
-        from pynetdicom.pdu_primitives import A_ASSOCIATE  # noqa: PLC0415
-        from pynetdicom.presentation import PresentationContext  # noqa: PLC0415
+        from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
+        from pynetdicom.pdu_primitives import A_ASSOCIATE
+        from pynetdicom.presentation import PresentationContext
 
-        from dicom_node.dimse.message import COMMAND, LAST, parse_command, pdata, pdvs, store_request, store_response  # noqa: PLC0415
+        from dicom_node.dimse.message import COMMAND, LAST, parse_command, pdata, pdvs, store_request, store_response
 
         buffer = bytearray(1 << 18)
         with connection:

@@ -28,13 +28,13 @@ NameArgument = Annotated[str, typer.Argument(help="Its name, as routes, logs and
 
 
 def _known(parts: Storehouse) -> KnownPeers:
-    from storage.known_peers import KnownPeers  # noqa: PLC0415 - the other commands need no database
+    from storage.known_peers import KnownPeers
 
     return KnownPeers(database=parts.database, audit=parts.audit)
 
 
 def _configured(settings: Settings) -> list[Peer]:
-    from dicom_node.storehouse import peers_of  # noqa: PLC0415 - as above
+    from dicom_node.storehouse import peers_of
 
     return list(peers_of(settings))
 
@@ -82,7 +82,7 @@ def peers_add(
     config_file: ConfigOption = None,
 ) -> None:
     """Add a peer, without a restart: every process of every node knows it within two seconds."""
-    from dicom_node import storehouse  # noqa: PLC0415 - as above
+    from dicom_node import storehouse
 
     peer = Peer(
         name=name,
@@ -119,7 +119,7 @@ def peers_add(
 
 
 def _certificate(text: str) -> str:
-    from dicom_node.security import certificate_setting  # noqa: PLC0415 - as above
+    from dicom_node.security import certificate_setting
 
     try:
         return certificate_setting(text)
@@ -165,8 +165,8 @@ def peers_list(
     config_file: ConfigOption = None,
 ) -> None:
     """List the peers of the configuration, and those that were added."""
-    from dicom_node import storehouse  # noqa: PLC0415 - as above
-    from storage.refusals import Refusals  # noqa: PLC0415
+    from dicom_node import storehouse
+    from storage.refusals import Refusals
 
     with faults_as_sentences():
         settings = settings_of(config_file)
@@ -212,8 +212,8 @@ def peers_list(
 @peers_app.command("show")
 def peers_show(name: NameArgument, config_file: ConfigOption = None) -> None:
     """Show everything about a peer: its settings, what waits for it, and what it was refused."""
-    from dicom_node import storehouse  # noqa: PLC0415 - as above
-    from storage.refusals import Refusals  # noqa: PLC0415
+    from dicom_node import storehouse
+    from storage.refusals import Refusals
 
     with faults_as_sentences():
         settings = settings_of(config_file)
@@ -240,9 +240,9 @@ def peers_echo(
     config_file: ConfigOption = None,
 ) -> None:
     """Verify the way to a peer (C-ECHO), and say what is wrong. `dicom-node doctor` looks at more."""
-    from dicom_node import storehouse  # noqa: PLC0415 - as above
-    from dicom_node.dimse.scu import StorageSCU  # noqa: PLC0415
-    from dicom_node.errors import DeliveryError  # noqa: PLC0415
+    from dicom_node import storehouse
+    from dicom_node.dimse.scu import StorageSCU
+    from dicom_node.errors import DeliveryError
 
     with faults_as_sentences():
         if (name is None) is not every:
@@ -269,7 +269,7 @@ def peers_echo(
 @peers_app.command("remove")
 def peers_remove(name: NameArgument, config_file: ConfigOption = None) -> None:
     """Remove a peer that was added. Its associations under way go on; what waits for it stays, until a peer of that name is back."""
-    from dicom_node import storehouse  # noqa: PLC0415 - as above
+    from dicom_node import storehouse
 
     with faults_as_sentences():
         settings = settings_of(config_file)
@@ -297,8 +297,8 @@ def refusals(
     config_file: ConfigOption = None,
 ) -> None:
     """Who was turned away at the DICOM door, why, and what helps: associations, presentation contexts, instances."""
-    from dicom_node import storehouse  # noqa: PLC0415 - as above
-    from storage.refusals import Refusals  # noqa: PLC0415
+    from dicom_node import storehouse
+    from storage.refusals import Refusals
 
     with faults_as_sentences():
         with storehouse.storage(settings_of(config_file)) as parts:

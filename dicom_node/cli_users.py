@@ -22,7 +22,7 @@ def users_hash(
     stdin: Annotated[bool, typer.Option("--stdin", help="Read the passcode from standard input, up to its first line end.")] = False,
 ) -> None:
     """Print the hash of a passcode for [[identities.users]]. The passcode is asked for, and never an argument: others could see it."""
-    from dicom_node.identity import hash_passcode  # noqa: PLC0415 - every command imports this file
+    from dicom_node.identity import hash_passcode
 
     if stdin:
         passcode = sys.stdin.buffer.readline().rstrip(b"\r\n")

@@ -77,9 +77,9 @@ _C_STORE_ERRORS: Final = (
 
 def served() -> Mapping[str, tuple[str, ...]]:
     """Return what the DIMSE door serves besides Verification and Storage: abstract syntax -> transfer syntaxes, as the services say."""
-    from dicom_node.dimse.commitment import PUSH_MODEL  # noqa: PLC0415 - pynetdicom loads only where it is used
-    from dicom_node.dimse.identifier import TRANSFER_SYNTAXES  # noqa: PLC0415
-    from dicom_node.dimse.information_model import MODELS  # noqa: PLC0415
+    from dicom_node.dimse.commitment import PUSH_MODEL
+    from dicom_node.dimse.identifier import TRANSFER_SYNTAXES
+    from dicom_node.dimse.information_model import MODELS
 
     models = {uid: TRANSFER_SYNTAXES for model in MODELS for uid in (model.find, model.move, model.get)}
     return {**models, PUSH_MODEL: TRANSFER_SYNTAXES}
@@ -87,9 +87,9 @@ def served() -> Mapping[str, tuple[str, ...]]:
 
 def stored_classes() -> list[str]:
     """Return the storage SOP classes of PS3.6 that the DIMSE door accepts, in order of name."""
-    from pydicom._uid_dict import UID_dictionary  # noqa: PLC0415 - as above
+    from pydicom._uid_dict import UID_dictionary
 
-    from dicom_node.dimse.scp import is_storage  # noqa: PLC0415
+    from dicom_node.dimse.scp import is_storage
 
     return sorted((uid for uid in UID_dictionary if is_storage(uid, unknown=False)), key=_name)
 
@@ -155,8 +155,8 @@ def _introduction(document: Document) -> None:
 
 
 def _networking(document: Document, settings: Settings) -> None:
-    from dicom_node.dimse.receive import ReceiveLimits  # noqa: PLC0415 - as above
-    from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME  # noqa: PLC0415
+    from dicom_node.dimse.receive import ReceiveLimits
+    from storage.part10 import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
     section = settings.dimse
     limits = ReceiveLimits(handshake_s=section.handshake_s, idle_s=section.idle_s, minimum_bytes_per_s=section.minimum_bytes_per_s)
@@ -276,7 +276,7 @@ def _c_store(document: Document) -> None:
 
 
 def _query_retrieve(document: Document, settings: Settings) -> None:
-    from dicom_node.dimse.information_model import MODELS  # noqa: PLC0415 - as above
+    from dicom_node.dimse.information_model import MODELS
 
     document.heading(3, "Query and retrieve")
     document.table(
@@ -320,7 +320,7 @@ def _commitment(document: Document, settings: Settings) -> None:
 
 
 def _dicomweb(document: Document, settings: Settings) -> None:
-    from dicomweb.context import WebLimits  # noqa: PLC0415 - aiohttp loads only where it is used
+    from dicomweb.context import WebLimits
 
     section, limits = settings.dicomweb, WebLimits()
     document.heading(1, "DICOMweb")
@@ -346,7 +346,7 @@ def _dicomweb(document: Document, settings: Settings) -> None:
 
 
 def _character_sets(document: Document) -> None:
-    from pydicom.charset import python_encoding  # noqa: PLC0415 - as above
+    from pydicom.charset import python_encoding
 
     document.heading(1, "Support of character sets")
     document.paragraph(
@@ -396,7 +396,7 @@ def _security(document: Document, settings: Settings) -> None:
 
 
 def _annexes(document: Document, settings: Settings) -> None:
-    from storage.iod import TRANSFER_SYNTAXES  # noqa: PLC0415 - as above
+    from storage.iod import TRANSFER_SYNTAXES
 
     document.heading(1, "Annexes")
     document.heading(2, "Objects made by the node")
@@ -422,7 +422,7 @@ def _annexes(document: Document, settings: Settings) -> None:
 
 
 def _name(uid: str) -> str:
-    from pydicom.uid import UID  # noqa: PLC0415 - as above
+    from pydicom.uid import UID
 
     name = str(UID(uid).name)
     return _NAMES.get(uid, name)

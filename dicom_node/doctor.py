@@ -97,7 +97,7 @@ class Doctor:
 
     def node(self) -> Iterator[Check]:
         """Configuration and environment, as `dicom-node check` sees them."""
-        from dicom_node.environment import findings  # noqa: PLC0415 - what is not looked at is not loaded
+        from dicom_node.environment import findings
 
         self._progress("configuration and environment")
         for finding in findings(self._settings, peers=False):
@@ -105,8 +105,8 @@ class Doctor:
 
     def own_dimse(self) -> Iterator[Check]:
         """Our DIMSE door: who listens there, what it accepts, and whether it stores each transfer syntax."""
-        from dicom_node.specimen import SOP_CLASS_UID, SYNTAXES, specimen  # noqa: PLC0415 - encoders
-        from storage.iod import TRANSFER_SYNTAXES  # noqa: PLC0415
+        from dicom_node.specimen import SOP_CLASS_UID, SYNTAXES, specimen
+        from storage.iod import TRANSFER_SYNTAXES
 
         subject = "own door, DIMSE"
         section = self._settings.dimse
@@ -142,7 +142,7 @@ class Doctor:
 
     def own_dicomweb(self) -> Iterator[Check]:
         """Our HTTP door: search; and store, find and retrieve a test instance."""
-        from dicom_node.specimen import SYNTAXES, specimen  # noqa: PLC0415 - encoders
+        from dicom_node.specimen import SYNTAXES, specimen
 
         subject = "own door, DICOMweb"
         section = self._settings.dicomweb
@@ -174,7 +174,7 @@ class Doctor:
         yield Check(subject, passed=same, text=text)
 
     def _stowed(self, subject: str, base: str, one: Any) -> Check:
-        from dicomweb.client import StowClient, StowError  # noqa: PLC0415 - aiohttp loads only when used
+        from dicomweb.client import StowClient, StowError
 
         try:
             (answer,) = asyncio.run(StowClient(base_url=base, timeout_s=_ANSWER_S).store([one], lambda _done, _total: None))
@@ -230,8 +230,8 @@ class Doctor:
             yield Check(subject, passed=True if not refused else None, text=text)
 
     def _services(self, subject: str, peer: Peer, probe: Probe, visit: Visit) -> Iterator[Check]:
-        from dicom_node.dimse.commitment import PUSH_MODEL  # noqa: PLC0415 - pynetdicom
-        from dicom_node.dimse.probe import SERVICES, STUDY_ROOT_FIND  # noqa: PLC0415
+        from dicom_node.dimse.commitment import PUSH_MODEL
+        from dicom_node.dimse.probe import SERVICES, STUDY_ROOT_FIND
 
         offered = [words for uid, words in SERVICES.items() if uid in visit.services]
         yield Check(subject, passed=True, text=f"offers {', '.join(offered) or 'no query, retrieval or storage commitment'}")
@@ -256,8 +256,8 @@ class Doctor:
             yield Check(subject, passed=False, text=text)
 
     def _delivered(self, subject: str, probe: Probe, peer: Peer, visit: Visit) -> Iterator[Check]:
-        from dicom_node.dimse.commitment import PUSH_MODEL  # noqa: PLC0415 - pynetdicom
-        from dicom_node.specimen import specimen  # noqa: PLC0415 - encoders
+        from dicom_node.dimse.commitment import PUSH_MODEL
+        from dicom_node.specimen import specimen
 
         fitting = [pair for pair in _specimens() if pair in visit.pairs]
         if not fitting:
@@ -277,7 +277,7 @@ class Doctor:
         yield _commitment(subject, status, committed)
 
     def _stored(self, subject: str, probe: Probe, peer: Peer, one: Any, syntax: str) -> Check:
-        from dicom_node.dimse.scu import Stored  # noqa: PLC0415 - pynetdicom
+        from dicom_node.dimse.scu import Stored
 
         self._progress(f"{subject}: store, {syntax}")
         try:
@@ -295,20 +295,20 @@ _REPORTS = {"sr": "1.2.840.10008.5.1.4.1.1.88.34", "seg": "1.2.840.10008.5.1.4.1
 
 
 def _reports(peer: Peer) -> list[Pair]:
-    from dicom_node.dimse.probe import PLAIN  # noqa: PLC0415 - pynetdicom
+    from dicom_node.dimse.probe import PLAIN
 
     return [(_REPORTS[kind], syntax) for kind in peer.deliver for syntax in PLAIN]
 
 
 def _specimens() -> list[Pair]:
-    from dicom_node.dimse.probe import PLAIN  # noqa: PLC0415 - pynetdicom
-    from dicom_node.specimen import SOP_CLASS_UID  # noqa: PLC0415 - encoders
+    from dicom_node.dimse.probe import PLAIN
+    from dicom_node.specimen import SOP_CLASS_UID
 
     return [(SOP_CLASS_UID, syntax) for syntax in PLAIN]
 
 
 def _name(uid: str) -> str:
-    from pydicom.uid import UID  # noqa: PLC0415 - as above
+    from pydicom.uid import UID
 
     return UID(uid).name
 
@@ -418,7 +418,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
     elif store:
-        from dicom_node.specimen import PATIENT_ID, STUDY_INSTANCE_UID  # noqa: PLC0415 - as above
+        from dicom_node.specimen import PATIENT_ID, STUDY_INSTANCE_UID
 
         here = f"here: `dicom-node erase {STUDY_INSTANCE_UID}`; " if peer is None else ""
         err.print(Text(runnable(f"how to remove the test study {here}at a peer: there, patient {PATIENT_ID}"), style="dim"))
@@ -434,8 +434,8 @@ def _show(check: Check, *, as_json: bool) -> None:
 
 
 def _probe_of(settings: Settings) -> Callable[[str], Probe]:
-    from dicom_node.dimse.probe import Probe  # noqa: PLC0415 - pynetdicom
-    from dicom_node.storehouse import client_tls  # noqa: PLC0415
+    from dicom_node.dimse.probe import Probe
+    from dicom_node.storehouse import client_tls
 
     tls, answer_s = client_tls(settings), min(settings.delivery.timeout_s, _ANSWER_S)
     return lambda ae_title: Probe(ae_title=ae_title, connect_s=_CONNECT_S, answer_s=answer_s, tls=tls)
@@ -443,10 +443,10 @@ def _probe_of(settings: Settings) -> Callable[[str], Probe]:
 
 def _archive(settings: Settings) -> tuple[dict[str, Peer], list[Pair], list[Check]]:
     """Return the peers there are, what kinds of instances the archive holds, and what kept us from asking the archive."""
-    from dicom_node import storehouse  # noqa: PLC0415 - as above
-    from dicom_node.storehouse import peers_of  # noqa: PLC0415
-    from storage.kinds import newest_kinds  # noqa: PLC0415
-    from storage.known_peers import KnownPeers  # noqa: PLC0415
+    from dicom_node import storehouse
+    from dicom_node.storehouse import peers_of
+    from storage.kinds import newest_kinds
+    from storage.known_peers import KnownPeers
 
     configured = list(peers_of(settings))
     try:
