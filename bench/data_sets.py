@@ -83,6 +83,11 @@ class Pattern:
         between, after = rest.split(series.encode(), 1)
         return cls(kind, str(data_set.file_meta.TransferSyntaxUID), (before, middle, between, after))
 
+    @property
+    def byte_count(self) -> int:
+        """Bytes of an instance."""
+        return sum(map(len, self.parts)) + 3 * _DIGITS
+
     def new_uid(self) -> str:
         """Return a new UID of the length that fits."""
         return f"2.25.{secrets.randbelow(9 * 10 ** (_DIGITS - 1)) + 10 ** (_DIGITS - 1)}"

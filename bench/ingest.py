@@ -27,6 +27,8 @@ from tests.storage.house import House, build
 
 SECONDS = 3.0
 """A turn of one contender."""
+MOST_BYTES = 256 * 1024**2
+"""Of a turn, which ends then: the RAM disk holds all turns of a row."""
 PER_STUDY = 10
 THREADS = (1, 8)
 CONTENDERS = ("directory", "land", "archive")
@@ -55,13 +57,14 @@ class Turn:
 def receive(house: House, pattern: Pattern, *, threads: int, seconds: float, per_study: int = PER_STUDY) -> Turn:
     """Receive instances of a pattern for some seconds, a study at a time in each thread."""
     end = time.perf_counter() + seconds
+    most = max(MOST_BYTES // (pattern.byte_count * threads), 1)
     numbers = [0] * threads
     faults: list[BaseException] = []
 
     def association(thread: int) -> None:
         study = series = ""
         try:
-            for number in itertools.count():
+            for number in range(most):
                 if time.perf_counter() >= end:
                     return
                 if number % per_study == 0:
@@ -111,16 +114,17 @@ def houses(folder: Path, server: PostgresqlServer | None) -> Iterator[dict[str, 
         (elsewhere / "land").mkdir(parents=True)
         (elsewhere / "archive").mkdir()
         endpoint = stack.enter_context(s3_service(elsewhere))
-        made = {"directory": build(folder / "directory", database_url=database_url(server, "directory"))}
+        urls = {name: database_url(server, f"{name}_{folder.name}") for name in CONTENDERS}
+        made = {"directory": build(folder / "directory", database_url=urls["directory"])}
         for name in ("land", "archive"):
             made[name] = build(
                 folder / name,
                 store=S3Store(bucket=name, endpoint_url=endpoint, region="us-east-1"),
                 node_id=NODE,
-                database_url=database_url(server, name),
+                database_url=urls[name],
                 acknowledge=lambda _, policy=name: policy,
             )
-        stack.enter_context(mover(folder / "land", endpoint, "land", NODE, server.url("land") if server else ""))
+        stack.enter_context(mover(folder / "land", endpoint, "land", NODE, urls["land"]))
         try:
             yield made
         finally:
@@ -131,8 +135,9 @@ def houses(folder: Path, server: PostgresqlServer | None) -> Iterator[dict[str, 
 def measured(folder: Path, rounds: int, server: PostgresqlServer | None, *, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     """Let the contenders take turns; return medians and ratios to the directory store by kind and number of threads."""
     found: dict[str, Any] = {}
-    with houses(folder, server) as contenders:
-        for kind, threads in itertools.product(kinds, THREADS):
+    for kind, threads in itertools.product(kinds, THREADS):
+        place = folder / f"{kind}{threads}"
+        with houses(place, server) as contenders:
             pattern = Pattern.drawn(kind)
             turns: dict[str, list[Turn]] = {name: [] for name in contenders}
             for house in contenders.values():  # connections, prepared statements, keys
