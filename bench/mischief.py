@@ -46,7 +46,10 @@ PARTS = ("stalled", "cycles", "associations", "rates")
 @contextmanager
 def a_door(*, handshake_s: float = 10.0, idle_s: float = 60.0) -> Iterator[Guarded]:
     """Give a door at its defaults."""
-    with in_memory(wanted=True) as folder, guarded_door(folder / "door", handshake_s=handshake_s, idle_s=idle_s) as door:
+    with (
+        in_memory(wanted=True) as folder,
+        guarded_door(folder / "door", handshake_s=handshake_s, idle_s=idle_s, requests_per_s=100.0) as door,
+    ):
         yield door
 
 
@@ -288,13 +291,13 @@ def honest(port: int, seconds: float) -> None:
     print(len(stored) / (time.monotonic() - began))
 
 
-def rates(results: dict[str, Any], seconds: float, rounds: int) -> None:
+def rates(results: dict[str, Any], seconds: float, rounds: int, beginnings: tuple[str, ...] = ("",)) -> None:
     """Compare the honest sender's rate alone and under each attack; they take turns. One attacker, as fast as it can."""
     found: dict[str, list[float]] = {}
     with a_door(handshake_s=2.0) as door:
         rate(door, 1.0)
         for _ in range(rounds):
-            for name, attack in attacks_of(door).items():
+            for name, attack in ((name, attack) for name, attack in attacks_of(door).items() if name.startswith(beginnings)):
                 alone = rate(door, seconds)
                 with Repeated(attack) as repeated:
                     under = rate(door, seconds)
@@ -314,6 +317,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each rate")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--attack", action="append", default=[], metavar="TEXT", help="of the rates only attacks whose name begins so")
     parser.add_argument("--honest", type=int, metavar="PORT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.honest:
@@ -329,7 +333,7 @@ def main() -> None:
     if "associations" in parts:
         associations(results)
     if "rates" in parts:
-        rates(results, arguments.seconds, arguments.rounds)
+        rates(results, arguments.seconds, arguments.rounds, tuple(arguments.attack or [""]))
     if "cycles" in parts:
         cycles(results, arguments.cycles)
     results["load after"] = load()

@@ -79,6 +79,13 @@ class DimseSection(Section):
         description="Open associations at once, of all processes; more are rejected as transient. One caller gets "
         "three quarters of them unless its max_associations says otherwise.",
     )
+    association_requests_per_s: float = Field(
+        100.0,
+        ge=0,
+        description="Association requests of one address that are looked at in a second; more wait for their turn, the AE titles there "
+        "one after the other. 0: as many as come.",
+    )
+    association_request_burst: int = Field(200, ge=1, description="So many of them at once after a pause.")
     accept_unknown_peers: Literal["loopback", "never"] = Field(
         "loopback",
         description="Whether callers that are no peer may store, query and retrieve: while we listen on loopback, or never.",

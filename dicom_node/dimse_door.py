@@ -146,6 +146,8 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
             maximum_associations=section.maximum_associations,
             accept_unknown_peers=trusts_callers(settings),
             unknown_sop_classes=section.unknown_sop_classes,
+            association_requests_per_s=section.association_requests_per_s,
+            association_request_burst=section.association_request_burst,
             limits=ReceiveLimits(handshake_s=section.handshake_s, idle_s=section.idle_s, minimum_bytes_per_s=section.minimum_bytes_per_s),
             message_bytes=settings.limits.object_bytes + 64 * 1024**2,
             services=services,

@@ -256,6 +256,10 @@ def merged(configured: Iterable[Peer], known: Iterable[KnownPeer]) -> tuple[dict
     return current, unusable
 
 
+def _titles(peers: Iterable[Peer]) -> frozenset[str]:
+    return frozenset(peer.ae_title.strip() for peer in peers)
+
+
 class Peers:
     """The peers, looked up by name or by who calls.
 
@@ -293,6 +297,7 @@ class Peers:
         if len(self._configured) != len(peers):
             raise ValueError("two [[peers]] bear the same name; rename one of them")
         self._by_name: Mapping[str, Peer] = self._configured
+        self._titles = _titles(peers)
         self._added = added
         self._refresh_s = refresh_s
         self._answer_s = answer_s
@@ -342,6 +347,15 @@ class Peers:
     def bearing(self, ae_title: str) -> list[Peer]:
         """Return the peers of an AE title, wherever they call from."""
         return [peer for peer in self._current(at_once=False).values() if peer.ae_title.strip() == ae_title.strip()]
+
+    def known_title(self, ae_title: str) -> bool | None:
+        """Whether a peer bears an AE title, without waiting for anything; None: only `bearing` can say, the list is old."""
+        if ae_title.strip() in self._titles:
+            return True
+        if self._added is None:
+            return False
+        with self._lock:
+            return False if self._known and time.monotonic() - self._read_at < self._refresh_s else None
 
     # -- what was added ----------------------------------------------------------------------------------------------------------
 
@@ -396,7 +410,7 @@ class Peers:
         for name in unusable.keys() - self._unusable:
             log.warning("peer.passed_over", peer=name, reason=unusable[name], remedy=f"dicom-node peers remove {name}")
         self._unusable = frozenset(unusable)
-        before, self._by_name = self._by_name, current
+        before, self._by_name, self._titles = self._by_name, current, _titles(current.values())
         if before != current and self._read_at != float("-inf"):
             came = sorted(name for name, peer in current.items() if before.get(name) != peer)
             log.info("peers.changed", added=came, removed=sorted(before.keys() - current.keys()))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 from pydicom._uid_dict import UID_dictionary
 from pydicom.uid import UID
 from pynetdicom.presentation import PresentationContext
 
+from dicom_node.dimse.vestibule import TOO_MANY_REQUESTS
 from dicom_node.peers import Peer, Peers
 from dicom_node.security import handshake_fault
 from storage.records import Origin
@@ -71,17 +72,26 @@ class Words:
         self._peers = peers
         self._ae_title = ae_title
 
-    def association(self, rejection: Rejected, *, address: str, calling_ae_title: str, called_ae_title: str) -> None:
-        """Note a rejected association."""
+    def association(
+        self, rejection: Rejected, *, peer: Peer | None, address: str, calling_ae_title: str, called_ae_title: str, named: bool = True
+    ) -> None:
+        """Note a rejected association.
+
+        Parameters
+        ----------
+        peer
+            Who called, as far as that was looked at.
+        named
+            False: no peer bears the calling AE title, which is not to be looked up.
+        """
         calling, called = calling_ae_title.strip(), called_ae_title.strip()
-        peer = self._peers.by_calling(calling, address)
         code = (rejection.result, rejection.source, rejection.diagnostic)
         if rejection.remedy:
             reason, remedy = rejection.reason, rejection.remedy
         elif code == (1, 1, 7):
             reason, remedy = self._other_called(called)
         elif code == (1, 1, 3):
-            reason, remedy = self._unknown_calling(peer, calling, address)
+            reason, remedy = self._unknown_calling(peer, calling, address, self._peers.bearing(calling) if named else [])
         elif code == (2, 3, 2):
             reason, remedy = self._limit(peer)
         else:
@@ -149,6 +159,7 @@ class Words:
             "TLS handshake on a port without TLS": "switch TLS on here, or off at the caller",
             "HTTP on the DICOM port": "DICOMweb has a port of its own, [dicomweb]",
             "no whole association request within the handshake time": "a scanner, or a DICOM program on a bad line",
+            TOO_MANY_REQUESTS: "let the callers there send more on each association, or raise dimse.association_requests_per_s",
         }
         remedy = remedies.get(reason, "look what calls from there; it is no DICOM program, or a broken one")
         self._note("connection", reason, remedy, None, address)
@@ -179,12 +190,12 @@ class Words:
         reason = f"it called AE title {called!r}, and ours is {self._ae_title}"
         return reason, f"set the called AE title at the caller to {self._ae_title}, or dimse.ae_title here to what it calls"
 
-    def _unknown_calling(self, peer: Peer | None, calling: str, address: str) -> tuple[str, str]:
+    def _unknown_calling(self, peer: Peer | None, calling: str, address: str, named: Sequence[Peer]) -> tuple[str, str]:
         if peer is not None:
             reason = f"peer {peer.name} may do nothing here (accept and retrieve are false)"
             return reason, "let it store (accept = true), or query and retrieve (retrieve = true), if it shall"
         command = f"`dicom-node peers add NAME --ae-title {shlex.quote(calling)} --host {address}`"
-        if named := self._peers.bearing(calling):
+        if named:
             known = ", ".join(f"{one.name} at {one.host}" for one in named)
             reason = f"AE title {calling!r} is known ({known}), but not at {address}"
             return reason, f"correct the host of that peer, or, if this is another one: {command}"

@@ -13,7 +13,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
@@ -37,7 +37,7 @@ from dicom_node.dimse.refusing import Words
 from dicom_node.dimse.services import Negotiating
 from dicom_node.dimse.slots import Held, Slots
 from dicom_node.dimse.transcode import in_order_of_use
-from dicom_node.dimse.vestibule import Connection, Turned, Vestibule
+from dicom_node.dimse.vestibule import Connection, Turned, Vestibule, titles
 from dicom_node.identity import Identities, IdentityRefused, Principal
 from dicom_node.peers import Peer, Peers, normal_address
 from dicom_node.security import PeerCertificate, matches
@@ -59,6 +59,7 @@ PROCESSING_FAILURE = 0x0110
 NOT_AUTHORISED = 0x0124
 VERIFICATION = "1.2.840.10008.1.1"
 _STORAGE_ROOT = "1.2.840.10008.5.1.4.1.1."
+_APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 _BACKLOG = 1024
 _SAY_AGAIN_S = 60.0
 _SAID = 1000
@@ -79,7 +80,15 @@ class Rejection:
     remedy: str = ""
     """Empty: it follows from the numbers."""
 
+    @property
+    def pdu(self) -> bytes:
+        """The A-ASSOCIATE-RJ PDU (PS3.8 Section 9.3.4)."""
+        return struct.pack(">BxLBBBB", 0x03, 4, 0, self.result, self.source, self.diagnostic)
 
+
+OTHER_APPLICATION = Rejection(
+    1, 1, 2, "application context name not supported", "the caller proposes another application than DICOM's; look what calls from there"
+)
 UNKNOWN_CALLED = Rejection(1, 1, 7, "called AE title not recognised")
 UNKNOWN_CALLING = Rejection(1, 1, 3, "calling AE title not recognised")
 OTHER_CERTIFICATE = Rejection(
@@ -110,6 +119,11 @@ def is_storage(sop_class_uid: str, *, unknown: bool) -> bool:
     return sop_class_uid.startswith(_STORAGE_ROOT) and "Storage" in named[0] and sop_class_uid not in _NON_PATIENT_OBJECT_CLASSES.values()
 
 
+def _title(padded: bytes) -> str | None:
+    """Return an AE title of an association request; None where it is none that the library would understand."""
+    return padded.decode("ascii").strip() if padded.isascii() and padded.decode("ascii").isprintable() else None
+
+
 class StorageSCP:
     """Listens, and keeps one thread pair per association.
 
@@ -129,6 +143,8 @@ class StorageSCP:
         Accept callers that are no configured peer; else they are rejected (1,1,3).
     unknown_sop_classes
         Accept abstract syntaxes that PS3.6 does not name, private ones included.
+    association_requests_per_s, association_request_burst
+        Association requests of one address that are looked at in a second, and at once after a pause; others wait. 0 a second: all.
     limits
         Limits on one association.
     message_bytes
@@ -164,6 +180,8 @@ class StorageSCP:
         maximum_associations: int = 200,
         accept_unknown_peers: bool = False,
         unknown_sop_classes: bool = True,
+        association_requests_per_s: float = 100.0,
+        association_request_burst: int = 200,
         limits: ReceiveLimits | None = None,
         message_bytes: int = 2 * 1024**3 + 64 * 1024**2,
         services: Sequence[Service] = (),
@@ -189,6 +207,8 @@ class StorageSCP:
         self._accept_unknown_peers = accept_unknown_peers
         self._unknown_sop_classes = unknown_sop_classes
         self._message_bytes = message_bytes
+        self._requests_per_s = association_requests_per_s
+        self._request_burst = association_request_burst
         self.limits = limits or ReceiveLimits()
         self.room = Room(self.limits.foreign_bytes_of_all)
         self.observe = observe
@@ -239,6 +259,9 @@ class StorageSCP:
             handshake_s=self.limits.handshake_s,
             handshake_pdu_length=self.limits.handshake_pdu_length,
             send_s=self.limits.idle_s,
+            requests_per_s=self._requests_per_s,
+            burst=self._request_burst,
+            caller=self._turn_of,
             turned=self._turned,
         )
         self._vestibule.start()
@@ -273,7 +296,9 @@ class StorageSCP:
 
     def admit(self, association: AcceptedAssociation, calling_ae_title: str, called_ae_title: str) -> Rejection | None:
         """Decide about an association request, and count it in. None: accepted."""
-        peer = self._peers.by_calling(calling_ae_title, association.address)
+        if str(association.proposal.application_context_name) != _APPLICATION_CONTEXT:
+            return OTHER_APPLICATION
+        peer = association.caller = self._peers.by_calling(calling_ae_title, association.address)
         if called_ae_title.strip() != self.entity.ae_title.strip():
             return UNKNOWN_CALLED
         if not (peer.accept or peer.retrieve or peer.commit if peer is not None else self._accept_unknown_peers):
@@ -444,8 +469,48 @@ class StorageSCP:
         with self._idle:
             return self._idle.wait_for(lambda: not self._open and not self._rejected, timeout_s)
 
+    def _turn_of(self, request: bytes) -> Hashable:
+        """Say as who a request waits for its turn: peers by their AE title, all strangers of an address as one."""
+        calling = _title(titles(request)[1])
+        return calling if calling is not None and self._peers.known_title(calling) else None
+
+    def _at_a_glance(self, request: bytes, address: str) -> Rejection | None:
+        """Reject who bears the AE title of no peer, as far as that is known without looking anything up.
+
+        A request whose PDU is decoded and that gets a thread costs a hundred times that.
+        """
+        called, calling = (_title(one) for one in titles(request))
+        if called is None or calling is None or not request[7] & 1 or self._peers.known_title(calling) is not False:
+            return None
+        if called != self.entity.ae_title.strip():
+            rejection = UNKNOWN_CALLED
+        elif not self._accept_unknown_peers:
+            rejection = UNKNOWN_CALLING
+        else:
+            return None
+        self.note_rejection(rejection, address=address, calling_ae_title=calling, called_ae_title=called, named=False)
+        return rejection
+
+    def note_rejection(
+        self,
+        rejection: Rejection,
+        *,
+        address: str,
+        calling_ae_title: str,
+        called_ae_title: str,
+        peer: Peer | None = None,
+        named: bool = True,
+    ) -> None:
+        """Log, count and note a rejected association."""
+        who = {"address": address, "calling_ae_title": calling_ae_title, "called_ae_title": called_ae_title}
+        self.warn("association.rejected", reason=rejection.reason, **who)
+        self.observe("association.rejected", reason=rejection.reason)
+        self.words.association(rejection, peer=peer, named=named, **who)
+
     def _enter(self, connection: Connection, address: tuple[Any, ...], request: bytes) -> bytes | None:
-        """Take over a connection whose association request is whole; the PDU to answer when there is no room even to look at it."""
+        """Take over a connection whose association request is whole; the PDU to answer when it is rejected at once."""
+        if (rejection := self._at_a_glance(request, normal_address(str(address[0])))) is not None:
+            return rejection.pdu
         association = None
         with self._lock:
             if not self._draining and len(self._open) < self._slots.total + _LOOKED_AT:
@@ -454,7 +519,7 @@ class StorageSCP:
         if association is None:  # no look-up of who it is: this is the only thread of all connections
             self.observe("association.rejected", reason=LOCAL_LIMIT.reason)
             self.words.connection("too many associations at once, or the node is stopping", address=normal_address(str(address[0])))
-            return struct.pack(">BxLBBBB", 0x03, 4, 0, LOCAL_LIMIT.result, LOCAL_LIMIT.source, LOCAL_LIMIT.diagnostic)
+            return LOCAL_LIMIT.pdu
         try:
             association.start()
         except RuntimeError:  # no more threads
@@ -492,9 +557,7 @@ class AdmittingACSE(ACSE):
         titles = {"calling_ae_title": request.calling_ae_title, "called_ae_title": request.called_ae_title}
         rejection = self.assoc.door.admit(self.assoc, request.calling_ae_title, request.called_ae_title)
         if rejection is not None:
-            self.assoc.door.warn("association.rejected", reason=rejection.reason, address=self.assoc.address, **titles)
-            self.assoc.door.observe("association.rejected", reason=rejection.reason)
-            self.assoc.door.words.association(rejection, address=self.assoc.address, **titles)
+            self.assoc.door.note_rejection(rejection, address=self.assoc.address, peer=self.assoc.caller, **titles)
             self.send_reject(rejection.result, rejection.source, rejection.diagnostic)
             self.assoc.door.rejected(self.assoc)
             self.assoc.is_rejected = True
@@ -538,6 +601,8 @@ class AcceptedAssociation(Association):
     def __init__(self, door: StorageSCP, connection: Connection, address: tuple[Any, ...], request: bytes) -> None:
         super().__init__(door.entity, MODE_ACCEPTOR)
         self.door = door
+        self.caller: Peer | None = None
+        """Who calls, admitted or not."""
         self.peer: Peer | None = None
         self.principal: Principal | None = None
         """Who identified; None: nobody did, or it was not looked at."""

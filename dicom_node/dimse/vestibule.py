@@ -12,6 +12,7 @@ DICOM PS3.8 Section 9.2 (Sta1, Sta2 and the ARTIM timer), Table 9-26 (A-ABORT)
 from __future__ import annotations
 
 import contextlib
+import select
 import selectors
 import socket
 import ssl
@@ -19,13 +20,14 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import structlog
 
 from dicom_node.dimse.connection import PlainConnection, TlsConnection
+from dicom_node.dimse.crowds import Crowds
 from dicom_node.dimse.receive import Waker
 
 log = structlog.get_logger(__name__)
@@ -41,6 +43,10 @@ _FIXED: Final = 74
 _CONTEXTS: Final = 128
 _SYNTAXES: Final = 4096
 _USER_ITEMS: Final = 512
+
+_CONGESTION: Final = struct.pack(">BxLBBBB", 0x03, 4, 0, 2, 3, 1)
+"""A-ASSOCIATE-RJ: transient, presentation layer, temporary congestion (PS3.8 Table 9-21)."""
+TOO_MANY_REQUESTS: Final = "too many association requests a second of this address"
 
 Connection = socket.socket | TlsConnection
 
@@ -70,6 +76,11 @@ def request_fault(request: bytes | bytearray) -> str:
     return ""
 
 
+def titles(request: bytes | bytearray) -> tuple[bytes, bytes]:
+    """Return the called and the calling AE title of a whole request, as they stand there."""
+    return bytes(request[10:26]), bytes(request[26:42])
+
+
 def _items(request: bytes | bytearray, position: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Walk items or sub-items: type, where the value begins, where it ends."""
     while position < end:
@@ -79,6 +90,13 @@ def _items(request: bytes | bytearray, position: int, end: int) -> Iterator[tupl
         kind, length = request[position], int.from_bytes(request[position + 2 : position + 4], "big")
         yield kind, position + 4, position + 4 + length
         position += 4 + length
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the peer has closed its end, or the connection broke."""
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLRDHUP)
+    return bool(poller.poll(0))
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +109,8 @@ class Caller:
     secured: bool
     """False while the TLS handshake is under way."""
     request: bytearray = field(default_factory=bytearray)
+    waits_as: Hashable = None
+    """Its request is whole, and its turn comes later; as one of these."""
     leaving: bool = False
     """It was answered, and what it still sends is read past until it closes."""
 
@@ -123,6 +143,11 @@ class Vestibule:
         Longest wait for a peer that does not read.
     waiting, waiting_bytes
         Most connections that wait at once, and most bytes of requests that they sent so far.
+    requests_per_s, burst
+        Whole requests of one address that are given on in a second, and at once after a pause; others wait for their turn, as long again as
+        for the request. 0 a second: nobody waits.
+    caller
+        Whose request it is, of those behind one address that take turns; by default the calling AE title.
     turned
         Told who is turned away.
     """
@@ -138,6 +163,9 @@ class Vestibule:
         send_s: float = 60.0,
         waiting: int = 8192,
         waiting_bytes: int = 32 * 1024**2,
+        requests_per_s: float = 100.0,
+        burst: int = 200,
+        caller: Callable[[bytes], Hashable] = lambda request: titles(request)[1],
         turned: Callable[[Turned], None] = lambda _: None,
     ) -> None:
         self._listener = listener
@@ -150,10 +178,13 @@ class Vestibule:
         self._most = waiting
         self._most_bytes = waiting_bytes
         self._bytes = 0
+        self._crowds: Crowds[Caller] = Crowds(rate=requests_per_s, burst=burst)
+        self._caller = caller
         self._turned = turned
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._waiting: OrderedDict[Caller, None] = OrderedDict()  # by deadline: it is the same time for all
+        self._parked: OrderedDict[Caller, None] = OrderedDict()
         self._leaving: OrderedDict[Caller, None] = OrderedDict()
         self._by_address: dict[str, OrderedDict[Caller, None]] = {}
         self._paused_until = 0.0
@@ -175,7 +206,7 @@ class Vestibule:
     @property
     def waiting(self) -> int:
         """How many wait."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._parked)
 
     # The thread
 
@@ -187,7 +218,7 @@ class Vestibule:
                 log.exception("dimse.vestibule_failed")
                 time.sleep(0.1)
         self._listener.close()
-        for caller in [*self._waiting, *self._leaving]:
+        for caller in [*self._waiting, *self._parked, *self._leaving]:
             self._forget(caller)
         self._selector.close()
         self._waker.close()
@@ -201,19 +232,32 @@ class Vestibule:
             else:
                 self._waker.clear()
         now = time.monotonic()
+        for caller in self._crowds.ready(now):
+            self._waiting[caller] = self._parked.pop(caller)  # until the end of this round
+            if _has_gone(caller.socket):
+                self._crowds.give_back(str(caller.address[0]))
+                self._forget(caller)
+            else:
+                self._give_on(caller)
         for queue in (self._waiting, self._leaving):
             while queue and (caller := next(iter(queue))).deadline <= now:
                 if not caller.leaving and (caller.request or not caller.secured):
                     self._tell(caller, "no whole association request within the handshake time")
                 self._forget(caller)
+        while self._parked and (caller := next(iter(self._parked))).deadline <= now:
+            self._tell(caller, TOO_MANY_REQUESTS)
+            self._selector.register(caller.socket, selectors.EVENT_READ, caller)
+            self._answer(caller, _CONGESTION)
         if self._paused_until and self._paused_until <= now:
             self._paused_until = 0.0
             self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _patience(self) -> float | None:
-        times = [next(iter(queue)).deadline for queue in (self._waiting, self._leaving) if queue]
+        times = [next(iter(queue)).deadline for queue in (self._waiting, self._parked, self._leaving) if queue]
         if self._paused_until:
             times.append(self._paused_until)
+        if (turn := self._crowds.next_at()) is not None:
+            times.append(turn)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _accept(self) -> None:
@@ -244,7 +288,7 @@ class Vestibule:
         if self._tls is not None:
             connection = self._tls().wrap_socket(connection, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
         caller = Caller(connection, address, time.monotonic() + self._handshake_s, secured=self._tls is None)
-        if len(self._waiting) >= self._most:
+        if self.waiting >= self._most:
             crowd = max(self._by_address.values(), key=len)
             oldest = next(iter(crowd))
             self._tell(oldest, "too many connections wait for their association request")
@@ -286,7 +330,7 @@ class Vestibule:
                 if reason := request_fault(request):
                     self._refuse(caller, reason, 6)
                 else:
-                    self._give_on(caller)
+                    self._queue_up(caller)
                 return
             came = caller.socket.recv(min(missing, _CHUNK))
             if not came:
@@ -301,6 +345,17 @@ class Vestibule:
             if len(request) >= _HEADER and (fault := self._fault(request)) is not None:
                 self._refuse(caller, *fault)
                 return
+
+    def _queue_up(self, caller: Caller) -> None:
+        """Give a whole request on if it is its turn, else let it wait for that."""
+        whose, now = self._caller(bytes(caller.request)), time.monotonic()
+        self._selector.unregister(caller.socket)  # what else it sends is read when it is given on
+        if self._crowds.enter(caller, address=str(caller.address[0]), caller=whose, now=now):
+            self._give_on(caller)
+            return
+        caller.waits_as, caller.deadline = whose, now + self._handshake_s
+        del self._waiting[caller]
+        self._parked[caller] = None
 
     def _make_room(self) -> None:
         """Let the longest request go, of the address that has sent most."""
@@ -347,7 +402,6 @@ class Vestibule:
 
     def _give_on(self, caller: Caller) -> None:
         self._drop(caller)
-        self._selector.unregister(caller.socket)
         connection: Connection
         if isinstance(caller.socket, ssl.SSLSocket):
             connection = TlsConnection(caller.socket, send_s=self._send_s)
@@ -368,11 +422,13 @@ class Vestibule:
 
     def _drop(self, caller: Caller) -> None:
         """Take it out of the books; its socket stays."""
-        if caller in self._waiting:
+        if caller in self._waiting or caller in self._parked:
             self._bytes -= len(caller.request)
-        self._waiting.pop(caller, None)
-        self._leaving.pop(caller, None)
         address = str(caller.address[0])
+        if caller in self._parked:
+            self._crowds.leave(caller, address=address, caller=caller.waits_as)
+        for queue in (self._waiting, self._parked, self._leaving):
+            queue.pop(caller, None)
         if (crowd := self._by_address.get(address)) is not None:
             crowd.pop(caller, None)
             if not crowd:

@@ -195,8 +195,9 @@ def test_handshakes_and_unknown_rejections_have_words() -> None:
     error.reason = "NO_SHARED_CIPHER"
     words.connection("TLS handshake failed", address="10.0.0.1", error=error)
     words.connection("TLS handshake failed", address="10.0.0.1", error=ConnectionResetError(104, "Connection reset by peer"))
-    words.association(Rejection(1, 1, 1, "user identity not accepted"), address="10.0.0.1", calling_ae_title="A", called_ae_title="B")
-    words.association(UNKNOWN_CALLING, address="::1", calling_ae_title="A", called_ae_title="B")
+    who = {"peer": None, "calling_ae_title": "A", "called_ae_title": "B"}
+    words.association(Rejection(1, 1, 1, "user identity not accepted"), address="10.0.0.1", **who)  # type: ignore[arg-type]
+    words.association(UNKNOWN_CALLING, address="::1", **who)  # type: ignore[arg-type]
     assert [told["kind"] for told in notes.told] == ["tls", "tls", "association", "association"]
     assert "no cipher suite in common" in notes.told[0]["reason"]
     assert notes.told[2]["reason"] == "user identity not accepted"

@@ -397,3 +397,105 @@ def test_partial_requests_have_a_budget() -> None:
             one.close()
     finally:
         vestibule.stop()
+
+
+def test_a_flood_of_requests_waits_for_its_turns(rooms: Rooms) -> None:
+    """Whole requests beyond the rate of an address wait without a thread; another AE title there is next (threats 6, 7)."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+    entered: list[bytes] = []
+
+    def enter(connection: object, _address: object, request: bytes) -> None:
+        entered.append(request[26:42].strip())
+        connection.close()  # type: ignore[attr-defined]
+
+    vestibule = Vestibule(listener, enter=enter, handshake_s=60.0, requests_per_s=2.0, burst=2)  # type: ignore[arg-type]
+    vestibule.start()
+    try:
+        port = listener.getsockname()[1]
+        flood = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        for one in flood:
+            one.sendall(associate_rq([STORE_CONTEXT], calling="FLOOD"))
+        honest = socket.create_connection(("127.0.0.1", port))
+        honest.sendall(associate_rq([STORE_CONTEXT], calling="HONEST"))
+        honest.settimeout(30)
+        assert honest.recv(1) == b""
+        assert entered.count(b"FLOOD") < 20
+        for one in (*flood, honest):
+            one.close()
+    finally:
+        vestibule.stop()
+
+
+def test_who_hangs_up_takes_nobodys_turn() -> None:
+    """A thousand who asked and went away while they waited are not looked at; one who stayed behind them is (threats 6, 7)."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=200)
+    entered: list[bytes] = []
+
+    def enter(connection: object, _address: object, request: bytes) -> None:
+        entered.append(request[26:42].strip())
+        connection.close()  # type: ignore[attr-defined]
+
+    vestibule = Vestibule(listener, enter=enter, handshake_s=60.0, requests_per_s=1.0, burst=1)  # type: ignore[arg-type]
+    vestibule.start()
+    try:
+        port = listener.getsockname()[1]
+        for _ in range(1000):
+            with socket.create_connection(("127.0.0.1", port)) as gone:
+                gone.sendall(associate_rq([STORE_CONTEXT], calling="SAME"))
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as stays:
+            stays.sendall(associate_rq([STORE_CONTEXT], calling="SAME"))
+            assert stays.recv(1) == b""
+        assert len(entered) < 50
+        assert vestibule.waiting == 0
+    finally:
+        vestibule.stop()
+
+
+def test_no_turn_in_time_is_a_transient_rejection() -> None:
+    """Whose turn does not come within the handshake time is told to try again, A-ASSOCIATE-RJ(2,3,1), and the node why (threat 6)."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    turned: list[Turned] = []
+
+    def enter(connection: object, _address: object, _request: bytes) -> None:
+        connection.close()  # type: ignore[attr-defined]
+
+    vestibule = Vestibule(listener, enter=enter, handshake_s=0.2, requests_per_s=0.001, burst=1, turned=turned.append)  # type: ignore[arg-type]
+    vestibule.start()
+    try:
+        for answer in (b"", bytes((3, 0, 0, 0, 0, 4, 0, 2, 3, 1))):
+            with socket.create_connection(listener.getsockname(), timeout=30) as caller:
+                caller.sendall(associate_rq([STORE_CONTEXT]))
+                assert caller.recv(100) == answer
+        assert [one.reason for one in turned] == ["too many association requests a second of this address"]
+    finally:
+        vestibule.stop()
+
+
+def test_strangers_are_rejected_without_a_thread(rooms: Rooms) -> None:
+    """An AE title that no peer bears, and another called one with it, cost no thread; each is noted, in a turn of all strangers' (11)."""
+    peers = Peers([Peer("known", "KNOWN", "*", 0)])
+    with open_door(rooms, peers=peers, association_requests_per_s=50.0, association_request_burst=5) as door:
+        threads = threading.active_count()
+        strangers = [ScriptedPeer(door.port) for _ in range(60)]
+        for number, stranger in enumerate(strangers):
+            called = "DERM_NODE" if number % 2 else "OTHER"
+            stranger.send(associate_rq([STORE_CONTEXT], calling=f"NOBODY{number}", called=called))
+        with ScriptedPeer(door.port) as known:
+            assert known.associate(STORE_CONTEXT, calling="KNOWN") == ASSOCIATE_AC
+            assert door.events.counts["association.rejected"] < 50
+            known.release()
+        for number, stranger in enumerate(strangers):
+            assert stranger.pdu() == (ASSOCIATE_RJ, bytes((0, 1, 1, 3 if number % 2 else 7)))
+        door.settle()
+        assert threading.active_count() <= threads + 2
+        for stranger in strangers:
+            stranger.socket.close()
+    assert door.events.counts["association.rejected"] == 60
+
+
+def test_another_application_is_rejected(rooms: Rooms) -> None:
+    """An application context other than DICOM's is A-ASSOCIATE-RJ(1,1,2) (threat 9; PS3.8 9.3.4, Annex A)."""
+    request = associate_rq([STORE_CONTEXT]).replace(b"1.2.840.10008.3.1.1.1", b"1.2.840.10008.3.1.1.2")
+    with open_door(rooms) as door, ScriptedPeer(door.port) as peer:
+        peer.send(request)
+        assert peer.pdu() == (ASSOCIATE_RJ, bytes((0, 1, 1, 2)))

@@ -1,8 +1,8 @@
 """A door in a process of its own that tells what it does, an honest sender beside the mischief, and what holds for every row (R1-R8).
 
-``python -m tests.dicom_node.threats FOLDER HANDSHAKE_S IDLE_S`` is the process: it says on standard output where it listens, and answers a
-line of standard input with its state. An audit hook of the interpreter notes what it opens for writing outside of its folder, where it
-connects to, and what it starts.
+``python -m tests.dicom_node.threats FOLDER HANDSHAKE_S IDLE_S REQUESTS_PER_S`` is the process: it says on standard output where it listens,
+and answers a line of standard input with its state. An audit hook of the interpreter notes what it opens for writing outside of its folder,
+where it connects to, and what it starts.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _forget_the_most() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def process(folder: Path, handshake_s: float, idle_s: float) -> None:
+def process(folder: Path, handshake_s: float, idle_s: float, requests_per_s: float) -> None:
     """Be the door until standard input ends."""
     import resource  # noqa: PLC0415 - nobody else needs these
 
@@ -121,6 +121,7 @@ def process(folder: Path, handshake_s: float, idle_s: float) -> None:
             services=[query, retrieve, commitment],
             refusals=refusals,
             maximum_associations=24 if idle_s < 60 else 400,
+            association_requests_per_s=requests_per_s,
             message_bytes=2 * OBJECT_BYTES,
             limits=ReceiveLimits(handshake_s=handshake_s, idle_s=idle_s),
         ) as door:
@@ -210,12 +211,12 @@ class Guarded:
 
 
 @contextlib.contextmanager
-def guarded_door(folder: Path, *, handshake_s: float = 1.5, idle_s: float = 1.5) -> Iterator[Guarded]:
-    """Start the process, and end it."""
+def guarded_door(folder: Path, *, handshake_s: float = 1.5, idle_s: float = 1.5, requests_per_s: float = 0.0) -> Iterator[Guarded]:
+    """Start the process, and end it; by default it takes as many association requests a second as come."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "data"
     data.mkdir()
-    command = [sys.executable, "-m", "tests.dicom_node.threats", str(data), str(handshake_s), str(idle_s)]
+    command = [sys.executable, "-m", "tests.dicom_node.threats", str(data), str(handshake_s), str(idle_s), str(requests_per_s)]
     environ = {**os.environ, "MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072"}
     with (folder / "log").open("w") as log:
         running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environ)
@@ -443,4 +444,4 @@ class Repeated:
 
 
 if __name__ == "__main__":
-    partial(process, Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))()
+    partial(process, Path(sys.argv[1]), *map(float, sys.argv[2:]))()
