@@ -8,7 +8,6 @@ import gc
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from dicom_node.config_faults import entry
 from dicom_node.console import command_line
 from dicom_node.errors import StartError
 from dicom_node.health import served
-from dicom_node.observability import Metrics, configure_logging, forget_process, prepare_metrics
+from dicom_node.observability import Metrics, configure_logging, forget_process, lines_dropped_of_parent, prepare_metrics, say
 from dicom_node.peers import Peers
 from dicom_node.routes import Route, Routing
 from dicom_node.storehouse import (
@@ -170,9 +169,10 @@ def serve(settings: Settings, config_file: Path | None) -> None:
     end_in_time(stop, settings.node.drain_s + STOP_GRACE_S)
     data_dir = settings.node.data_dir
     lock = _own(settings)
-    configure_logging(form=settings.logging.format, level=settings.logging.level, role="node")
+    pipe = configure_logging(form=settings.logging.format, level=settings.logging.level, role="node")
     try:
         prepare_metrics(data_dir / "run" / "metrics")  # behind the lock: the counters of a node that runs are not ours to empty
+        pipe.counted_by(lines_dropped_of_parent())
         _prepare(settings)
         _await_ports(settings, stop)
         with storage(settings) as parts, _present(settings, parts, lock):
@@ -284,9 +284,7 @@ def _say_ready(settings: Settings, config_file: Path | None) -> None:
     if settings.admin.enabled:
         lines.append(f"Health and metrics: http://{settings.admin.host}:{settings.admin.port}/readyz and /metrics")
     lines += [f"Data: {settings.node.data_dir.resolve()} (encrypted; keep a copy of {settings.ring_file})", "Stop: Ctrl-C", ""]
-    # Standard output is for people; the log goes to standard error.
-    sys.stdout.write("\n".join(lines))
-    sys.stdout.flush()
+    say("\n".join(lines))
 
 
 # --- one role --------------------------------------------------------------------------------------------------------
@@ -312,7 +310,7 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
     alone = lifeline < 0
     if not alone:
         stop_with_parent(lifeline, stop)
-    configure_logging(form=settings.logging.format, level=settings.logging.level, role=role)
+    pipe = configure_logging(form=settings.logging.format, level=settings.logging.level, role=role)
 
     run: Callable[..., None] = {"dimse": _dimse, "web": _web, "worker": _worker, "courier": _courier, "mover": _mover}[role]
     with ExitStack() as stack:
@@ -328,6 +326,7 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
                 parts.archive.sweep()
 
             metrics, state = Metrics(), {role: "starting"}
+            pipe.counted_by(metrics.log_lines_dropped)
             if alone:
                 stack.enter_context(served(settings, parts, lambda: {role: "stopping"} if stop.is_set() else state, alone=metrics.registry))
 

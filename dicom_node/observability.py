@@ -2,6 +2,8 @@
 
 No patient attribute and no instance identifier goes into a log line: a processor drops the keys that could carry one, escapes
 control characters and cuts long text (threats.md rows 39 and 89). Who saw what is the audit trail's matter, which is encrypted.
+
+Nobody waits for the log: lines go through a `LogPipe`, and those that cannot be written are dropped and counted.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.values import MultiProcessValue
+
+from dicom_node.log_pipe import LogPipe, LogStream
 
 FORBIDDEN_KEYS = frozenset(
     {
@@ -29,6 +34,9 @@ COUNTER_BYTES = 262_144
 """Of each counter file; far more than all series of one process take."""
 PACKAGES = ("dicomweb", "inference", "storage")
 """Ours that speak by the standard library, so that they know nothing of how a node writes its log."""
+LINES_DROPPED, LINES_DROPPED_HELP = "dicom_node_log_lines_dropped", "Lines of the log that could not be written."
+FLUSH_S = 1.0
+"""How long a flush of standard error waits at most: who flushes has something to say before the process ends."""
 LIBRARIES = ("aiohttp", "alembic", "asyncio", "boto3", "botocore", "pydicom", "pynetdicom", "s3transfer", "sqlalchemy", "urllib3")
 
 
@@ -54,8 +62,10 @@ def _named(role: str) -> Any:
     return name
 
 
-def configure_logging(*, form: str, level: str, role: str) -> None:
-    """Set up logging for this process; called once, from the command line.
+def configure_logging(*, form: str, level: str, role: str) -> LogPipe:
+    """Set up logging for this process that serves; called once, from the command line.
+
+    Whatever this process writes to standard error from now on goes through the pipe that is returned, warnings and tracebacks too.
 
     Parameters
     ----------
@@ -64,6 +74,8 @@ def configure_logging(*, form: str, level: str, role: str) -> None:
     role
         Bound to every line.
     """
+    if sys.stderr is None:  # it was closed by whoever started the node
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
         _named(role),
@@ -75,13 +87,25 @@ def configure_logging(*, form: str, level: str, role: str) -> None:
     renderer: Any = on_console(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
     closing: list[Any] = [redact, renderer] if console else [structlog.processors.format_exc_info, redact, renderer]
     number = logging.getLevelNamesMapping()[level.upper()]
+
+    def lost_line(count: int) -> str:
+        event: Any = {"event": "log.lines_lost", "lost": count, "reason": "what reads the log took or kept nothing for a while"}
+        for processor in [*shared, *closing]:
+            event = processor(None, "warning", event)
+        return f"{event}\n"
+
+    descriptor = sys.stderr.fileno()
+    pipe = LogPipe(descriptor, lost_line=lost_line)
+    sys.stderr.flush()
+    sys.stderr = cast("TextIO", LogStream(pipe, descriptor=descriptor, flush_s=FLUSH_S))
+    stream = cast("TextIO", LogStream(pipe, descriptor=descriptor, flush_s=0))
     structlog.configure(
         processors=[*shared, *closing],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
@@ -95,6 +119,20 @@ def configure_logging(*, form: str, level: str, role: str) -> None:
         logging.getLogger(package).setLevel(number)
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.ERROR)
+    return pipe
+
+
+def say(text: str) -> None:
+    """Write `text` to standard output, where the process does not wait for who reads it either; for once in a while.
+
+    Standard output is for people; the log goes to standard error.
+    """
+    if sys.stdout is None:
+        return
+    sys.stderr.flush()  # what was logged before stands before it
+    pipe = LogPipe(sys.stdout.fileno(), lost_line=lambda _: "")
+    pipe.write(text)
+    pipe.drain(FLUSH_S)
 
 
 class Metrics:
@@ -117,10 +155,13 @@ class Metrics:
             "dicom_node_deliveries", "Deliveries of reports by peer and outcome.", ["peer", "outcome"], registry=registry
         )
         self._webhooks = Counter("dicom_node_webhooks", "Posts by subscriber and outcome.", ["subscriber", "outcome"], registry=registry)
+        self._audit = Counter("dicom_node_audit_records", "Audit records the repository took.", registry=registry)
+        self._audit_failures = Counter("dicom_node_audit_failures", "Attempts to send it audit records that failed.", registry=registry)
         self._duties = Counter("dicom_node_duties", "Rounds of duties by outcome.", ["duty", "outcome"], registry=registry)
         self._moved = Counter("dicom_node_moved", "Objects brought into the store, or not, by outcome.", ["outcome"], registry=registry)
         self._moved_bytes = Counter("dicom_node_moved_bytes", "Bytes brought into the store.", registry=registry)
         self._dimse = Counter("dicom_node_dimse", "Queries, retrievals, commitments: what happened.", ["event"], registry=registry)
+        self._log_lines = Counter(LINES_DROPPED, LINES_DROPPED_HELP, registry=registry)
         self._certificates = Gauge(
             "dicom_node_certificate_seconds", "Until a certificate of ours ends.", ["of"], registry=registry, multiprocess_mode="livemin"
         )
@@ -144,6 +185,10 @@ class Metrics:
         """Count a query, a retrieval, or a step of a storage commitment."""
         self._dimse.labels(event).inc()
 
+    def log_lines_dropped(self, count: int) -> None:
+        """Count lines that the log lost."""
+        self._log_lines.inc(count)
+
     def certificate(self, of: str, seconds: float) -> None:
         """Note for how long a certificate is good yet."""
         self._certificates.labels(of).set(seconds)
@@ -163,6 +208,13 @@ class Metrics:
     def webhook(self, *, subscriber: str, outcome: str) -> None:
         """Count a batch of changes that was posted, or could not be."""
         self._webhooks.labels(subscriber, outcome).inc()
+
+    def audit(self, event: str, **labels: Any) -> None:
+        """Count what the audit record repository took, or did not."""
+        if event == "audit.sent":
+            self._audit.inc(labels["records"])
+        else:
+            self._audit_failures.inc()
 
     def duty(self, duty: str, outcome: str) -> None:
         """Count a round of a duty."""
@@ -197,6 +249,14 @@ def prepare_metrics(folder: Path) -> None:
     for stale in folder.glob("*.db"):
         stale.unlink()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+
+
+def lines_dropped_of_parent() -> Callable[[int], None]:
+    """Give what counts the log's lost lines in the parent, which has no `Metrics`: it imported the library before it named the folder."""
+    _allocate()
+    value = MultiProcessValue()("counter", LINES_DROPPED, f"{LINES_DROPPED}_total", (), (), LINES_DROPPED_HELP)  # type: ignore[no-untyped-call]
+    add: Callable[[int], None] = value.inc
+    return add
 
 
 def forget_process(process_id: int) -> None:

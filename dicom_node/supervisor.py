@@ -258,6 +258,7 @@ def end_in_time(stop: threading.Event, limit_s: float) -> None:
             unfinished="; ".join(_unfinished()),
             remedy="see why that does not answer; what was acknowledged is safe",
         )
+        sys.stderr.flush()  # the log is written by another thread, which ends here too
         os._exit(1)
 
     threading.Thread(target=watch, name="end in time", daemon=True).start()

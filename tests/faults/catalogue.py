@@ -32,6 +32,8 @@ _SECURITY = "tests/dicom_node/test_security.py::"
 _WORKER = "tests/inference/test_worker.py::"
 _KILLS = "tests/system/test_kills.py::"
 _NODE = "tests/system/test_node.py::"
+_LOG = "tests/system/test_log.py::"
+_LOG_PIPE = "tests/dicom_node/test_log_pipe.py::"
 _STOW = "tests/dicomweb/test_stow.py::"
 
 ACK_BEFORE_COMMIT = _SCHEDULES + "test_a_dishonest_node_is_found_out"
@@ -260,9 +262,9 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
         (
             _DISKS + "test_a_full_disk_of_the_database_refuses_and_recovers_alone",
             _SQLITE + "test_a_full_disk_fails_the_write_and_recovers",
+            _LOG + "test_a_log_volume_that_is_full",
         ),
         _DISKS + "test_control_a_disk_with_room_takes_the_same",
-        "application log: the node writes to standard error only, see 56",
     ),
     Fault(
         20,
@@ -642,7 +644,13 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
         56,
         "log volume full, log pipe stuck",
         "P4",
-        (),
-        missing="the node writes its log to standard error and waits for whoever reads it: a stuck reader would block it",
+        (
+            _LOG + "test_a_log_pipe_that_is_stuck",
+            _LOG + "test_a_log_volume_that_is_full",
+            _LOG_PIPE + "test_a_stuck_reader_stops_nobody_and_what_is_lost_is_told",
+            _LOG_PIPE + "test_what_cannot_be_written_is_lost_and_kills_nobody",
+            _LOG_PIPE + "test_every_line_is_written_or_counted",
+        ),
+        _LOG_PIPE + "test_control_without_the_pipe_a_stuck_reader_stops_the_process",
     ),
 )

@@ -63,13 +63,15 @@ class RunningNode:
             assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}\n{self.log_text()[-3000:]}"
         return done
 
-    def start(self, *, wait: bool = True, environ: Mapping[str, str] | None = None) -> RunningNode:
-        """Start and wait until it is ready."""
+    def start(self, *, wait: bool = True, environ: Mapping[str, str] | None = None, output: int | None = None) -> RunningNode:
+        """Start and wait until it is ready; with `output` it writes to that descriptor instead of its log file."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dicom_node", "serve", "--config", str(self.config)],
-                env={**self.environ, **(environ or {})}, stdout=log, stderr=log,
-            )  # fmt: skip
+                env={**self.environ, **(environ or {})},
+                stdout=log if output is None else output,
+                stderr=log if output is None else output,
+            )
         if wait:
             try:
                 self.await_ready()
