@@ -12,6 +12,7 @@ Rules where the standard leaves room, or real files do not keep to it:
   data sets.
 * UN of undefined length is a sequence in Implicit VR Little Endian (CP-246); so is everything inside. Any other VR of undefined
   length that is neither SQ nor encapsulated pixel data is refused.
+* Pixel Data is encapsulated where the transfer syntax says so, and native elsewhere (PS3.5 A.4); what is in it is not looked at.
 * In Implicit VR a sequence of defined length is known by the data dictionary; a private one is opaque.
 * Odd lengths are accepted: they are wrong, but leave no doubt where the element ends.
 * A deflated data set is raw deflate, complete, followed by nothing but one NUL that makes its length even (PS3.5 A.5), or by the
@@ -490,6 +491,9 @@ class DataSetScanner:
         """Judge the pixel data at its header: everything that says how large it must be has gone by, since tags ascend."""
         if self._pixels_at >= 0:
             self._refuse(tag, here, "a second kind of pixel data in one data set")
+        if tag == PIXEL_DATA and length is not None and self._syntax.encapsulated:
+            remedy = "send it in Explicit VR Little Endian, or compressed as announced (PS3.5 A.4)"
+            self._refuse(tag, here, f"native Pixel Data in an encapsulated transfer syntax; {remedy}")
         self._pixels_at = here
         self._pixels_encapsulated = length is None
         geometry = self._geometry(here)

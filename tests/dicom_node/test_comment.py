@@ -59,6 +59,10 @@ def test_every_sentence_has_an_essence(place: str, text: str) -> None:
             "the node's disk: 300 MiB free, 512 MiB are kept in reserve",
         ),
         (
+            "(7FE0,0010) at byte 852: native Pixel Data in an encapsulated transfer syntax; send it in Explicit VR Little Endian, or compressed",
+            "(7FE0,0010) native Pixel Data in an encapsulated transfer syntax",
+        ),
+        (
             "(0010,0010) at byte 123456 in item 3 of (0040,A730): the length of 70000 bytes runs past the enclosing sequence or item",
             "(0010,0010) the length of 70000 bytes runs past its item",
         ),

@@ -784,6 +784,7 @@ def test_other_transfer_syntax_than_negotiated(door: Guarded) -> None:
             (deflate, deflated),  # with a header of zlib, which it must not have
             (big, explicit),
             (jpeg, implicit),
+            (jpeg, explicit),  # its pixels are native
             (EXPLICIT, b"\x89PNG" + os.urandom(1000)),
             (EXPLICIT, b""),
         ):

@@ -618,6 +618,17 @@ def test_fragments_and_frames() -> None:
     refused(encode(three, JPEG_BASELINE), "does not encapsulate", EXPLICIT_VR_LITTLE_ENDIAN)
 
 
+def test_native_pixels_in_an_encapsulated_transfer_syntax() -> None:
+    """They are refused (PS3.5 A.4); Float Pixel Data, which no syntax encapsulates, is not."""
+    native = identity(MULTIFRAME_BYTE) + pixels(rows=2, columns=2)
+    for syntax, kind in TRANSFER_SYNTAXES.items():
+        if kind.encapsulated:
+            refused(encode(native, EXPLICIT_VR_LITTLE_ENDIAN), "native Pixel Data in an encapsulated transfer syntax", syntax)
+    image = pixels(rows=2, columns=3, samples=1, bits=32, photometric="MONOCHROME2")[:-1]
+    whole = [*identity("1.2.840.10008.5.1.4.1.1.30"), *image, Element(0x7FE00008, "OF", bytes(24))]
+    assert scan(encode(whole, EXPLICIT_VR_LITTLE_ENDIAN), JPEG_BASELINE).has_pixel_data
+
+
 def test_fragment_framing() -> None:
     """Undefined fragments, a crooked offset table and foreign tags between fragments are refused."""
     head = encode(identity(SECONDARY_CAPTURE) + pixels(rows=2, columns=2)[:-1], EXPLICIT_VR_LITTLE_ENDIAN)
