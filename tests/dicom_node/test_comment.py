@@ -59,7 +59,7 @@ def test_every_sentence_has_an_essence(place: str, text: str) -> None:
             "the node's disk: 300 MiB free, 512 MiB are kept in reserve",
         ),
         (
-            "(7FE0,0010) at byte 852: native Pixel Data in an encapsulated transfer syntax; send it in Explicit VR Little Endian, or compressed",
+            "(7FE0,0010) at byte 852: native Pixel Data in an encapsulated transfer syntax; send it in Explicit VR Little Endian instead",
             "(7FE0,0010) native Pixel Data in an encapsulated transfer syntax",
         ),
         (
