@@ -190,7 +190,9 @@ class StudyKeys:
             self._require_fit(study_key)
             _ADD.run(connection, _values(study_key, stored=stored))
         elif stored and not row.stored:
-            self.mark_stored_in(connection, study_key)
+            # Who remembered a document put none: since then a rotation replaces it, and perhaps the store spoils that. It is put again.
+            if not study_key.stored:
+                self.mark_stored_in(connection, study_key)
         elif stored and row.wrapped != _text(study_key.wrapped):
             # re-wrapped while the older document was on its way, which may have replaced the newer one: it has to be put again
             connection.execute(update(STUDY_KEYS).where(_T.id == study_key.id).values(stored=0))

@@ -454,6 +454,24 @@ def test_a_document_that_the_store_spoilt_while_rotating_is_put_again(site: Site
     assert site.rows()[study_key_id].stored == 1
 
 
+def test_who_put_no_document_does_not_vouch_for_one(site: Site) -> None:
+    """What a rotation left spoilt stays in doubt when the next instance comes, whose process remembers the document of before."""
+    keys = site.node()
+    study_key_id, wrapped, data_key = site.admit(keys, stored=True)
+    Ring.add(site.path)
+
+    def spoil(name: str, content: bytes) -> None:
+        site.store.put_document(name, content[: len(content) // 2])
+        raise Unavailable("the store does not give back what it took")
+
+    with pytest.raises(Unavailable):
+        keys.rotate(put_document=spoil, delete_document=site.store.delete_document)
+    assert site.admit(keys, stored=True)[0] == study_key_id
+    assert keys.publish_all(put_document=site.store.put_document, delete_document=site.store.delete_document) == 1
+    assert site.node().from_document(site.documents()[study_key_id]).id == study_key_id
+    assert site.node().unwrap(study_key_id, wrapped) == data_key
+
+
 def test_rotate_stops_with_the_store(site: Site) -> None:
     """With the store gone a rotation ends with its reason, no row says more than the store has, and another run finishes."""
     keys = site.node()
