@@ -110,13 +110,67 @@ def test_waiting_works_share_one_commit(database: Database) -> None:
     threads = [threading.Thread(target=database.write, args=(lambda c, n=n: put(c, n),)) for n in range(1, 21)]
     for thread in threads:
         thread.start()
-    while database._tickets.qsize() < len(threads):
+    while len(database._tickets) < len(threads):
         time.sleep(0.001)
     gate.set()
     for thread in [first, *threads]:
         thread.join()
     assert sorted(rows(database)) == list(range(1, 21))
     assert len(commits) == 2
+
+
+def test_who_writes_alone_needs_no_other_thread(database: Database) -> None:
+    """A work that nobody is in the way of runs in its caller's thread, one that comes meanwhile in the writer's; the next alone again."""
+    gate, entered = threading.Event(), threading.Event()
+    ran: dict[str, int] = {}
+
+    def work(name: str) -> None:
+        def note(_: Connection) -> int:
+            if name == "first":
+                entered.set()
+                assert gate.wait(30)
+            ran[name] = threading.get_ident()
+            return threading.get_ident()
+
+        assert database.write(note) == ran[name]
+        alone[name] = ran[name] == threading.get_ident()
+
+    alone: dict[str, bool] = {}
+    first, second, third = (threading.Thread(target=work, args=(name,)) for name in ("first", "second", "third"))
+    first.start()
+    assert entered.wait(30)
+    second.start()
+    while not database._tickets:
+        time.sleep(0.001)
+    gate.set()
+    first.join()
+    second.join()
+    third.start()
+    third.join()
+    assert alone == {"first": True, "second": False, "third": True}
+
+
+def test_closing_waits_for_who_writes_alone(database: Database) -> None:
+    """A work that was begun is committed before the connections go."""
+    gate, entered, results = threading.Event(), threading.Event(), list[str]()
+
+    def work(connection: Connection) -> str:
+        entered.set()
+        assert gate.wait(30)
+        put(connection, 1)
+        return "committed"
+
+    writer = threading.Thread(target=lambda: results.append(database.write(work)))
+    writer.start()
+    assert entered.wait(30)
+    closer = threading.Thread(target=database.close)
+    closer.start()
+    while not database._closed:
+        time.sleep(0.001)
+    gate.set()
+    writer.join()
+    closer.join()
+    assert results == ["committed"]
 
 
 def test_on_commit_runs_after_a_commit_only(database: Database) -> None:
