@@ -21,13 +21,24 @@ class AdminServer:
         The exposition text.
     readiness
         What is not well, in words; empty: ready. May block; it runs in a thread.
+    warnings
+        What is worth a look although all is ready, in words; as `readiness`.
     """
 
-    def __init__(self, *, host: str, port: int, metrics: Callable[[], bytes], readiness: Callable[[], list[str]]) -> None:
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        metrics: Callable[[], bytes],
+        readiness: Callable[[], list[str]],
+        warnings: Callable[[], list[str]] = list,
+    ) -> None:
         self._host = host
         self._port = port
         self._metrics = metrics
         self._readiness = readiness
+        self._warnings = warnings
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="admin", daemon=True)
         self._started: threading.Event = threading.Event()
@@ -85,7 +96,8 @@ class AdminServer:
 
         async def readyz(_request: web.Request) -> web.Response:
             faults = await asyncio.to_thread(self._readiness)
-            return web.Response(status=503 if faults else 200, text="\n".join(faults or ["ready"]) + "\n")
+            warnings = await asyncio.to_thread(self._warnings)
+            return web.Response(status=503 if faults else 200, text="\n".join([*(faults or ["ready"]), *warnings]) + "\n")
 
         app = web.Application()
         app.add_routes([web.get("/metrics", metrics), web.get("/healthz", healthz), web.get("/readyz", readyz)])

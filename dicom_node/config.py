@@ -310,6 +310,27 @@ class DeliverySection(Section):
     )
 
 
+class AuditSection(Section):
+    """A copy of the audit trail elsewhere: an Audit Record Repository (DICOM PS3.15 A.5 messages, syslog over TLS)."""
+
+    syslog_host: str = Field("", description="Name or address of the repository, as its certificate bears it; empty: nothing is sent.")
+    syslog_port: Annotated[int, Field(ge=1, le=65535)] = Field(6514, description="Its TCP port for syslog over TLS.")
+    authorities: Path | None = Field(None, description="Who may vouch for the repository (PEM); empty: as tls.authorities.")
+    certificate: Path | None = Field(None, description="Our certificate, should the repository ask for one (PEM); files are followed.")
+    key: Path | None = Field(None, description="Its private key (PEM, not encrypted).")
+    source_id: str = Field("", description="AuditSourceID, the same for nodes that share a database; empty: dimse.ae_title.")
+    site: str = Field("", description="AuditEnterpriseSiteID; empty: none.")
+    from_beginning: bool = Field(
+        default=True,
+        description="Whether a first repository is sent all that was ever recorded, or what is recorded from now on.",
+    )
+    degraded_after: int = Field(10_000, ge=0, description="Records that wait, above which /readyz says so, at 200; 0: never.")
+    degraded_s: float = Field(3600.0, ge=0, description="Age in seconds of the oldest that waits, above which it does; 0: never.")
+    refuse_after: int = Field(
+        0, ge=0, description="Records that wait, above which instances are refused as out of resources until they are taken; 0: never."
+    )
+
+
 class LoggingSection(Section):
     """Application logs; they never hold patient attributes."""
 
@@ -375,6 +396,7 @@ class Settings(Section):
     inference: InferenceSection = InferenceSection()
     reports: ReportsSection = ReportsSection()
     delivery: DeliverySection = DeliverySection()
+    audit: AuditSection = AuditSection()
     logging: LoggingSection = LoggingSection()
     peers: tuple[PeerSection, ...] = ()
     routes: tuple[RouteSection, ...] = ()
@@ -414,6 +436,7 @@ def _incoherences(settings: Settings) -> list[str]:
     for title, host in sorted({title for title in titles if titles.count(title) > 1}):
         faults.append(f"peers: AE title {title!r} at {host!r} stands twice with accept = true; a sender must be one peer")
     faults += _tls_faults(settings)
+    faults += _audit_faults(settings)
     if settings.dimse.enabled and not is_loopback(settings.dimse.host) and not any(peer.accept for peer in settings.peers):
         faults.append(
             f"dimse.host: {settings.dimse.host} is reachable from elsewhere but no peer may store; "
@@ -468,6 +491,19 @@ def _tls_faults(settings: Settings) -> list[str]:
             faults.append(f"peers.{index}.tls: name in tls.authorities who may vouch for peer {peer.name}")
         if peer.certificate and not (tls.enabled or peer.tls):
             faults.append(f"peers.{index}.certificate: without TLS no certificate is shown; set tls.enabled = true, or leave it empty")
+    return faults
+
+
+def _audit_faults(settings: Settings) -> list[str]:
+    audit, faults = settings.audit, []
+    if audit.syslog_host and audit.authorities is None and settings.tls.authorities is None:
+        faults.append("audit.authorities: the audit trail goes out by TLS alone; name who may vouch for the repository")
+    if re.search(r"[/\s]", audit.syslog_host):
+        faults.append(f"audit.syslog_host: {audit.syslog_host!r} is no host name or address; the port stands in audit.syslog_port")
+    if (audit.certificate is None) != (audit.key is None):
+        faults.append("audit.certificate: a certificate needs its private key, and a key its certificate; name both files, or none")
+    if audit.refuse_after and not audit.syslog_host:
+        faults.append("audit.refuse_after: nothing takes the records, so that all would be refused; name audit.syslog_host, or set it to 0")
     return faults
 
 

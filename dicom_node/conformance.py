@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from dicom_node.audit_message import LONGEST
 from dicom_node.console import ConfigOption, fail, faults_as_sentences, settings_of
 from dicom_node.document import Document
 from storage import errors
@@ -385,7 +386,7 @@ def _security(document: Document, settings: Settings) -> None:
         "Association level: calling AE title together with address or network, called AE title, and with TLS the peer's certificate.",
         f"User identity negotiation (PS3.7 D.3.3.7): {_identity(settings)}",
         "At rest: every object is encrypted (AES-256-GCM, a key for each study); the embedded database is encrypted.",
-        "Audit trail: who stored, searched, retrieved, changed and erased what; hash-chained. It is not sent by syslog (PS3.15 Annex A.5).",
+        f"Audit trail: who stored, searched, retrieved, changed and erased what; hash-chained. {_audited(settings)}",
         "De-identification: none. Digital signatures: kept, not verified.",
     )
     if settings.dicomweb.enabled:
@@ -393,6 +394,18 @@ def _security(document: Document, settings: Settings) -> None:
             "The HTTP door has no login of its own; beyond loopback it needs an authenticating proxy that ends TLS "
             "(`dicomweb.trusted_proxy`)."
         )
+
+
+def _audited(settings: Settings) -> str:
+    where = settings.audit.syslog_host
+    here = f"to `{where}`, port {settings.audit.syslog_port}" if where else "nowhere (`audit.syslog_host` is empty)"
+    return (
+        "Audit Trail Message Format Profile (PS3.15 A.5) and Transmission Profile SYSLOG-TLS (A.6), settings of section `[audit]`; in this "
+        f"configuration it is sent {here}. Messages have at most {LONGEST} octets. STRUCTURED-DATA: `[meta sequenceId]`, the number of the "
+        "record. UserIDs: our AuditSourceID, and names of peers, AE titles, addresses or `operator`, as in `dicom-node trace`. Extensions: "
+        "a second EventTypeCode of scheme 99DERMNODE, and a participant object of role 13 that holds the record and its hash. The Patient "
+        "is told by ID, and where the index knows no patient, not at all."
+    )
 
 
 def _annexes(document: Document, settings: Settings) -> None:

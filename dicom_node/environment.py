@@ -38,6 +38,7 @@ def findings(settings: Settings, *, peers: bool = True) -> Iterator[Finding]:
     yield _keys(settings)
     yield from _ports(settings)
     yield _store(settings)
+    yield from _audit(settings)
     yield from _models(settings)
     if peers:
         yield from _peers(settings)
@@ -152,6 +153,25 @@ def _store(settings: Settings) -> Finding:
         return Finding("archive.store", passed=False, text=text)
     where = f"bucket {settings.archive.bucket}" if settings.archive.store == "s3" else "folder objects in node.data_dir"
     return Finding("archive.store", passed=True, text=f"{where} can be reached")
+
+
+def _audit(settings: Settings) -> Iterator[Finding]:
+    if not settings.audit.syslog_host:
+        return
+    from dicom_node.audit_sink import repository_of, tried
+    from dicom_node.errors import StartError
+
+    try:
+        repository = repository_of(settings)
+    except StartError as error:
+        yield Finding("audit.syslog_host", passed=False, text=str(error))
+        return
+    if repository is not None:
+        fault = tried(repository)
+        text = (
+            f"{fault}; audit records wait until it takes them" if fault else f"{repository.name} takes connections, and ends them in order"
+        )
+        yield Finding("audit.syslog_host", passed=not fault, text=text)
 
 
 def _models(settings: Settings) -> Iterator[Finding]:

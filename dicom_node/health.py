@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from dicom_node.observability import exposition
+from storage.audit_outbox import degraded
 from storage.errors import StorageError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def served(settings: Settings, parts: Storehouse, states: States, *, alone: Coll
         port=settings.admin.port,
         metrics=lambda: exposition(gauges(settings, states(), parts), alone),
         readiness=lambda: not_ready(states(), parts),
+        warnings=lambda: warnings(settings, parts),
     )
     try:
         server.start()
@@ -75,6 +77,19 @@ def not_ready(states: Mapping[str, str], parts: Storehouse) -> list[str]:
     return faults
 
 
+def warnings(settings: Settings, parts: Storehouse) -> list[str]:
+    """Return what an operator should look at although instances are taken in, in sentences."""
+    if not settings.audit.syslog_host:
+        return []
+    try:
+        waiting = parts.outbox.backlog()
+    except StorageError:
+        return []  # `not_ready` says it
+    section = settings.audit
+    words = degraded(waiting, records=section.degraded_after, age_s=section.degraded_s, now=parts.database.clock())
+    return [f"degraded: {words}"] if words else []
+
+
 def gauges(settings: Settings, states: Mapping[str, str], parts: Storehouse) -> Iterator[tuple[str, str, dict[str, str], float]]:
     """Give what is read just now, as (name, help, labels, value)."""
     for name, state in states.items():
@@ -86,8 +101,21 @@ def gauges(settings: Settings, states: Mapping[str, str], parts: Storehouse) -> 
         yield "dicom_node_database_up", "1 when the database answers.", {}, 0.0
         return
     yield "dicom_node_database_up", "1 when the database answers.", {}, 1.0
+    yield from _audit_gauges(settings, parts)
     for (kind, state), count in counts.items():
         yield "dicom_node_jobs", "Jobs by kind and state.", {"kind": str(kind), "state": str(state)}, float(count)
     for kind, age in ages.items():
         text = "Age of the oldest job that is not finished: it waits, waits for another try, or is under way."
         yield "dicom_node_oldest_ready_seconds", text, {"kind": str(kind)}, age
+
+
+def _audit_gauges(settings: Settings, parts: Storehouse) -> Iterator[tuple[str, str, dict[str, str], float]]:
+    if not settings.audit.syslog_host:
+        return
+    try:
+        waiting = parts.outbox.backlog()
+    except StorageError:
+        return  # it was there a moment ago; the next scrape says more
+    age = (parts.database.clock() - waiting.oldest_at).total_seconds() if waiting.oldest_at is not None else 0.0
+    yield "dicom_node_audit_backlog", "Audit records that the repository has not taken yet.", {}, float(waiting.records)
+    yield "dicom_node_audit_backlog_seconds", "Age of the oldest of them.", {}, max(age, 0.0)

@@ -512,9 +512,10 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
         metrics.duty(labels["duty"].partition(" ")[0], "failed" if labels["failed"] else "done")
 
     caretaker = parts.archive.caretaker(
-        duties=Duties(database=parts.database, holder=f"{parts.node_id} {os.getpid()} {secrets.token_hex(4)}"),
+        duties=Duties(database=parts.database, holder=holder),
         scrub_days=settings.care.scrub_days,
         scrub_bytes_per_s=settings.care.scrub_bytes_per_s,
+    from dicom_node.audit_sink import sending
         orphan_grace=timedelta(hours=settings.care.orphan_grace_hours),
         retention_days=settings.care.retention_days,
         observe=done,
@@ -526,10 +527,13 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
         bytes_per_s=settings.archive.mover_bytes_per_s,
         heartbeat_s=settings.node.lease_s / 3,
         wait=parts.database.changed,
-        reach=failpoint_from_environment(os.environ),
+    holder = f"{parts.node_id} {os.getpid()} {secrets.token_hex(4)}"
+    reach = failpoint_from_environment(os.environ)
+        reach=reach,
         observe=observe,
     )
-    with ThreadPoolExecutor(1, thread_name_prefix="caretaker") as pool:
+    auditing = sending(settings, parts, holder=holder, stop=stop, reach=reach, observe=metrics.audit)
+    with auditing, ThreadPoolExecutor(1, thread_name_prefix="caretaker") as pool:
         caring = pool.submit(caretaker.run, stop)
         caring.add_done_callback(lambda _: stop.set())  # should it end by a fault, the process ends and the supervisor makes another
         try:

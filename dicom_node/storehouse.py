@@ -20,6 +20,7 @@ from dicom_node.security import ClientTls
 from inference.pipeline import analysable
 from storage.archive import ENDED_BADLY, Acknowledge, Archive
 from storage.audit import AuditTrail
+from storage.audit_outbox import AuditOutbox
 from storage.cache import ReadCache
 from storage.database import Database
 from storage.errors import Unavailable
@@ -61,6 +62,7 @@ class Storehouse:
     holds: Holds
     peers: Peers
     """Of the configuration, and those that are added while the node runs."""
+    outbox: AuditOutbox
     node_id: str
 
 
@@ -201,6 +203,7 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
     identity = node_id(settings)
     index = Index(database=database)
     audit = AuditTrail(database=database)
+    outbox = AuditOutbox(database=database, from_beginning=settings.audit.from_beginning, refuse_after=settings.audit.refuse_after)
     peers = Peers(peers_of(settings), added=KnownPeers(database=database, audit=audit).all)
     queue = WorkQueue(
         database=database,
@@ -244,6 +247,7 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
         on_conflict=settings.archive.on_conflict,
         accept_sop_class=partial(_accepts, unknown=settings.dimse.unknown_sop_classes),
         min_free_bytes=settings.archive.min_free_bytes,
+        require_room=outbox.require_room,
         reach=reach,
     )
     return Storehouse(
@@ -260,6 +264,7 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
         nodes=Nodes(database=database),
         holds=Holds(database=database, audit=audit),
         peers=peers,
+        outbox=outbox,
         node_id=identity,
     )
 

@@ -109,6 +109,8 @@ class Archive:
         Bytes of this process that were received and not yet committed, above which nothing more is taken in; 0: no limit.
     comparison_bytes
         Instances larger than this are not compared pixel by pixel.
+    require_room
+        Raises Unavailable when nothing may be taken in for now, for a reason that lies elsewhere.
     reach
         Failpoint, for tests.
     clock
@@ -137,6 +139,7 @@ class Archive:
         accept_sop_class: Callable[[str], bool] = lambda _: True,
         min_free_bytes: int = 256 * 1024**2,
         comparison_bytes: int = 64 * 1024**2,
+        require_room: Callable[[], None] = lambda: None,
         reach: Callable[[str], None] = unarmed,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
@@ -153,6 +156,7 @@ class Archive:
         self._jobs_for = jobs_for
         self._on_conflict = on_conflict
         self._accept_sop_class = accept_sop_class
+        self._require_room = require_room
         self._reach = reach
         self._clock = clock
         self._node_id = node_id
@@ -200,8 +204,10 @@ class Archive:
         UnsupportedInstance
             The transfer syntax is unknown.
         Unavailable
-            The landing disk is full or has failed.
+            The landing disk is full or has failed, or `require_room` says so. The latter leaves no audit record, or who sends again and
+            again would fill the trail that has no room.
         """
+        self._require_room()
         return self._intake(
             origin,
             role="source",
@@ -773,6 +779,7 @@ class Archive:
     def check(self) -> None:
         """Raise Unavailable with cause and remedy when nothing can be taken in now (readiness)."""
         self._landing.check()
+        self._require_room()
         self._places.check()
         if self._acknowledge(Origin(door="node", received_at=self._clock())) == "archive":
             self._store.check()  # without it every sender is refused

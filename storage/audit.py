@@ -137,7 +137,7 @@ class AuditTrail:
     def events_of(self, subject: str) -> list[AuditEntry]:
         """Return what was recorded about `subject` (a SOP or Study Instance UID), oldest first."""
         with self._database.read() as connection:
-            return [_entry(row) for row in connection.execute(_OF_SUBJECT, {"subject": subject})]
+            return [entry_of(row) for row in connection.execute(_OF_SUBJECT, {"subject": subject})]
 
     def entries(self) -> Iterator[AuditEntry]:
         """Give every record, oldest first, page by page."""
@@ -147,7 +147,7 @@ class AuditTrail:
                 rows = connection.execute(_AFTER, {"after": after}).all()
             if not rows:
                 return
-            yield from map(_entry, rows)
+            yield from map(entry_of, rows)
             after = rows[-1].seq
 
     def head(self) -> tuple[int, str]:
@@ -180,14 +180,17 @@ class AuditTrail:
         return None
 
 
+def canonical(values: Mapping[Any, Any]) -> str:
+    """Return the text of a record that its hash is made of; ASCII. ``detail`` enters as the text that is stored."""
+    return _canonical([values[name] for name in ("seq", "at", "action", "outcome", "actor", "subject", "detail")])
+
+
 def _chain(previous: str, values: Mapping[Any, Any]) -> str:
-    """Return the hash of a record; ``detail`` enters as the text that is stored."""
-    fields = [values[name] for name in ("seq", "at", "action", "outcome", "actor", "subject", "detail")]
-    canonical = _canonical(fields)
-    return hashlib.sha256(bytes.fromhex(previous) + canonical.encode("ascii")).hexdigest()
+    return hashlib.sha256(bytes.fromhex(previous) + canonical(values).encode("ascii")).hexdigest()
 
 
-def _entry(row: Row[Any]) -> AuditEntry:
+def entry_of(row: Row[Any]) -> AuditEntry:
+    """Return the record that a row of `AUDIT` keeps."""
     return AuditEntry(
         row.seq,
         from_micros(row.at),
