@@ -500,6 +500,7 @@ def _webhooks(settings: Settings, parts: Storehouse, metrics: Metrics) -> Webhoo
 
 
 def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
+    from dicom_node.audit_sink import sending
     from storage.duties import Duties
     from storage.mover import Mover
 
@@ -511,11 +512,12 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
     def done(_event: str, **labels: Any) -> None:
         metrics.duty(labels["duty"].partition(" ")[0], "failed" if labels["failed"] else "done")
 
+    holder = f"{parts.node_id} {os.getpid()} {secrets.token_hex(4)}"
+    reach = failpoint_from_environment(os.environ)
     caretaker = parts.archive.caretaker(
         duties=Duties(database=parts.database, holder=holder),
         scrub_days=settings.care.scrub_days,
         scrub_bytes_per_s=settings.care.scrub_bytes_per_s,
-    from dicom_node.audit_sink import sending
         orphan_grace=timedelta(hours=settings.care.orphan_grace_hours),
         retention_days=settings.care.retention_days,
         observe=done,
@@ -527,8 +529,6 @@ def _mover(settings: Settings, parts: Storehouse, metrics: Metrics, stop: thread
         bytes_per_s=settings.archive.mover_bytes_per_s,
         heartbeat_s=settings.node.lease_s / 3,
         wait=parts.database.changed,
-    holder = f"{parts.node_id} {os.getpid()} {secrets.token_hex(4)}"
-    reach = failpoint_from_environment(os.environ)
         reach=reach,
         observe=observe,
     )
