@@ -134,7 +134,8 @@ def _received(received: Told) -> str:
     sender = received["calling_ae_title"] or received["address"] or "this node"
     place = f" at {received['address']}" if received["address"] and received["calling_ae_title"] else ""
     peer = f", peer {received['peer']}" if received["peer"] else ", no configured peer" if received["door"] == "dimse" else ""
-    return f"{_moment(received['at'])} by {DOORS.get(received['door'], received['door'])} from {sender}{place}{peer}"
+    user = f", user {received['user']}" if received.get("user") else ""
+    return f"{_moment(received['at'])} by {DOORS.get(received['door'], received['door'])} from {sender}{place}{peer}{user}"
 
 
 def _name(uid: str) -> str:

@@ -327,6 +327,11 @@ def actor_of(origin: Origin) -> str:
     return origin.peer or origin.calling_ae_title or origin.address or origin.door
 
 
+def whence(origin: Origin) -> dict[str, str]:
+    """Return through which door, from where and by which user, for the detail of an audit record."""
+    return {"door": origin.door, "address": origin.address, **({"user": origin.user} if origin.user else {})}
+
+
 def event_of(action: str, record: InstanceRecord, *, outcome: str = "success", detail: Mapping[str, Any] | None = None) -> AuditEvent:
     """Return the audit record of something that happened to an instance."""
     summary, origin = record.summary, record.origin
@@ -336,8 +341,7 @@ def event_of(action: str, record: InstanceRecord, *, outcome: str = "success", d
         actor=actor_of(origin),
         subject=summary.sop_instance_uid,
         detail={
-            "door": origin.door,
-            "address": origin.address,
+            **whence(origin),
             "calling_ae_title": origin.calling_ae_title,
             "study_instance_uid": summary.study_instance_uid,
             "sha256": summary.sha256,

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from storage.admission import Admission, OnConflict, actor_of, event_of
+from storage.admission import Admission, OnConflict, actor_of, event_of, whence
 from storage.caretaker import Caretaker
 from storage.database import utc_now
 from storage.envelope import Segments
@@ -258,7 +258,7 @@ class Archive:
             outcome=f"0x{error.failure_reason:04X} {error}",
             actor=actor_of(origin),
             subject=announced.sop_instance_uid[:64],  # the peer's words, not yet known to be a UID
-            detail={"door": origin.door, "address": origin.address, "sop_class_uid": announced.sop_class_uid},
+            detail={**whence(origin), "sop_class_uid": announced.sop_class_uid},
         )
         try:
             self._audit.record(event)

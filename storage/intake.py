@@ -217,6 +217,7 @@ def record_to_footer(summary: Summary, origin: Origin, role: str, *, report: Map
             "calling_ae_title": origin.calling_ae_title,
             "called_ae_title": origin.called_ae_title,
             "peer": origin.peer,
+            **({"user": origin.user} if origin.user else {}),
         },
         "summary": {
             "sop_class_uid": summary.sop_class_uid,

@@ -73,6 +73,8 @@ class Origin:
     called_ae_title: str = ""
     peer: str = ""
     """Name of the configured peer; empty when the sender is none."""
+    user: str = ""
+    """Who identified (User Identity Negotiation), verified; empty: nobody did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,7 @@ def _identity(record: InstanceRecord) -> dict[str, Any]:
             "calling_ae_title": origin.calling_ae_title,
             "called_ae_title": origin.called_ae_title,
             "peer": origin.peer,
+            "user": origin.user,
         },
         "object": {
             "key": record.sealed.object_key,

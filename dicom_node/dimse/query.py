@@ -36,7 +36,7 @@ from dicom_node.dimse.information_model import DEPTH, MODELS, InformationModel, 
 from dicom_node.dimse.operation import Operation, SearchEnded, Searches, negotiated_for
 from dicom_node.dimse.receive import unobserved
 from dicomweb.dataset import dictionary_vr
-from storage.admission import actor_of
+from storage.admission import actor_of, whence
 from storage.errors import InvalidQuery, StorageError
 from storage.records import INDEXED, AuditEvent, Level, Match, Query
 from storage.search import Finding
@@ -254,7 +254,7 @@ class QuerySCP:
             outcome="success",
             actor=actor_of(origin),
             subject="" if "\\" in study else study,
-            detail={"door": "dimse", "address": origin.address, "level": str(wanted.level), "keys": keys, "matches": matches},
+            detail={**whence(origin), "level": str(wanted.level), "keys": keys, "matches": matches},
         )
         self._audit.record(event)
 

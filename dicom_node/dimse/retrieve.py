@@ -39,7 +39,7 @@ from dicom_node.dimse.operation import Operation, SearchEnded, Searches, negotia
 from dicom_node.dimse.receive import unobserved
 from dicom_node.dimse.scu import MoveOriginator, Outcome, StorageSCU, Stored, fit, is_stored, refusal, store_command, write_store
 from dicom_node.errors import DeliveryError, PeerUnreachable, Refused
-from storage.admission import actor_of
+from storage.admission import actor_of, whence
 from storage.errors import StorageError
 from storage.records import AuditEvent, Level, Query, Summary
 from storage.search import Located, Locating
@@ -413,7 +413,7 @@ class RetrieveSCP:
             else (one.series_instance_uid if level in {Level.SERIES, Level.INSTANCE} else one.study_instance_uid)
             for one in located
         )
-        detail = {"door": "dimse", "address": origin.address, "level": str(level), **({"destination": destination} if destination else {})}
+        detail = {**whence(origin), "level": str(level), **({"destination": destination} if destination else {})}
         events = [
             AuditEvent("instance.retrieved", "success", actor_of(origin), subject, {**detail, "instances": count})
             for subject, count in subjects.items()

@@ -502,10 +502,12 @@ class StorageSCP:
         named: bool = True,
     ) -> None:
         """Log, count and note a rejected association."""
-        who = {"address": address, "calling_ae_title": calling_ae_title, "called_ae_title": called_ae_title}
-        self.warn("association.rejected", reason=rejection.reason, **who)
+        titles = {"calling_ae_title": calling_ae_title, "called_ae_title": called_ae_title}
+        self.warn("association.rejected", reason=rejection.reason, address=address, **titles)
         self.observe("association.rejected", reason=rejection.reason)
-        self.words.association(rejection, peer=peer, named=named, **who)
+        self.words.association(
+            rejection, peer=peer, named=named, address=address, calling_ae_title=calling_ae_title, called_ae_title=called_ae_title
+        )
 
     def _enter(self, connection: Connection, address: tuple[Any, ...], request: bytes) -> bytes | None:
         """Take over a connection whose association request is whole; the PDU to answer when it is rejected at once."""
@@ -554,7 +556,7 @@ class AdmittingACSE(ACSE):
 
     def _negotiate_as_acceptor(self) -> None:
         request = self.assoc.proposal
-        titles = {"calling_ae_title": request.calling_ae_title, "called_ae_title": request.called_ae_title}
+        titles: Any = {"calling_ae_title": request.calling_ae_title, "called_ae_title": request.called_ae_title}
         rejection = self.assoc.door.admit(self.assoc, request.calling_ae_title, request.called_ae_title)
         if rejection is not None:
             self.assoc.door.note_rejection(rejection, address=self.assoc.address, peer=self.assoc.caller, **titles)
@@ -704,6 +706,7 @@ class AcceptedAssociation(Association):
             calling_ae_title=request.calling_ae_title.strip(),
             called_ae_title=request.called_ae_title.strip(),
             peer=self.peer.name if self.peer is not None else "",
+            user=self.principal.name if self.principal is not None else "",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 import ssl
 import struct
@@ -26,6 +27,8 @@ from dicom_node.dimse.scp import is_storage
 from dicom_node.dimse.scu import StorageSCU
 from dicom_node.identity import Identities, User, hash_passcode
 from dicom_node.peers import Peer, Peers
+from dicom_node.tracing import lines
+from storage.intake import footer_to_record, record_to_footer
 from storage.iod import TRANSFER_SYNTAXES
 from storage.known_peers import KnownPeer
 from storage.records import Limits
@@ -48,6 +51,7 @@ from tests.dicom_node.scripted_peer import (
     pdv,
     store_rq,
 )
+from tests.dicom_node.test_threats import identity, user_information
 
 STORE_CONTEXT = (1, SECONDARY_CAPTURE, [EXPLICIT])
 PRIVATE = "1.2.826.0.1.3680043.8.498.1"
@@ -553,6 +557,36 @@ def test_user_identity(rooms: Rooms) -> None:
             results.append(guess.acceptor.primitive.result)
         assert set(results) == {1, 2}
         door.settle()
+
+
+def test_who_identified_is_told_with_the_instance(rooms: Rooms) -> None:
+    """The verified user is in index, footer, audit trail and trace of what came, and in the record of its refusal; else nothing is."""
+    identities = Identities([User("nurse", hash_passcode(b"correct horse"))])
+    named, nameless = draw(), draw()
+    with open_door(rooms, identities=identities) as door:
+        for request, data_set in (
+            (user_information(identity(2, b"nurse", b"correct horse")), named),
+            (associate_rq([STORE_CONTEXT]), nameless),
+        ):
+            with ScriptedPeer(door.port) as peer:
+                peer.send(request)
+                answer = peer.pdu()
+                assert answer is not None
+                assert answer[0] == ASSOCIATE_AC
+                assert store(peer, encoded(data_set), data_set.SOPInstanceUID) == 0
+                assert store(peer, b"nothing", "1.2.3.4") == 0xC000
+                peer.release()
+        door.settle()
+    for data_set, user in ((named, "nurse"), (nameless, "")):
+        told = rooms.archive.trace(data_set.SOPInstanceUID)
+        assert told["instances"][0]["received"]["user"] == user
+        assert any(", user nurse" in line for line in lines(told)) == bool(user)
+        record = rooms.index.find(data_set.SOPInstanceUID)
+        assert record.origin.user == user
+        again = footer_to_record(json.loads(json.dumps(record_to_footer(record.summary, record.origin, "source"))), record.sealed)
+        assert again.origin == record.origin
+    details = {(one.event.action, one.event.detail.get("user", "")) for one in rooms.audit.entries()}
+    assert details >= {(action, user) for action in ("instance.received", "instance.refused") for user in ("nurse", "")}
 
 
 def test_certificates_of_peers(rooms: Rooms, tmp_path: Path) -> None:
