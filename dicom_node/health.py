@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from dicom_node.observability import exposition
+from dicom_node.supervisor import SERVING
 from storage.audit_outbox import degraded
 from storage.errors import StorageError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 States = Callable[[], Mapping[str, str]]
-"""Gives process -> ready, or another word."""
+"""Gives process -> ready, or another word of the supervisor."""
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def served(settings: Settings, parts: Storehouse, states: States, *, alone: Coll
         port=settings.admin.port,
         metrics=lambda: exposition(gauges(settings, states(), parts), alone),
         readiness=lambda: not_ready(states(), parts),
-        warnings=lambda: warnings(settings, parts),
+        warnings=lambda: [*struggling(states()), *warnings(settings, parts)],
     )
     try:
         server.start()
@@ -69,12 +70,21 @@ def served(settings: Settings, parts: Storehouse, states: States, *, alone: Coll
 
 def not_ready(states: Mapping[str, str], parts: Storehouse) -> list[str]:
     """Return what is not well, in sentences; empty: ready."""
-    faults = [f"process {name} is {state}" for name, state in states.items() if state != "ready"]
+    faults = [f"process {name} is {state}" for name, state in states.items() if state not in SERVING]
     try:
         parts.archive.check()
     except StorageError as error:
         faults.append(str(error))
     return faults
+
+
+def struggling(states: Mapping[str, str]) -> list[str]:
+    """Return which processes do their work in another way than they were asked to, in sentences."""
+    return [
+        f"degraded: process {name} computes on the CPU, since the device that was asked for cannot be used; its log says why"
+        for name, state in states.items()
+        if state == "degraded"
+    ]
 
 
 def warnings(settings: Settings, parts: Storehouse) -> list[str]:
@@ -93,7 +103,7 @@ def warnings(settings: Settings, parts: Storehouse) -> list[str]:
 def gauges(settings: Settings, states: Mapping[str, str], parts: Storehouse) -> Iterator[tuple[str, str, dict[str, str], float]]:
     """Give what is read just now, as (name, help, labels, value)."""
     for name, state in states.items():
-        yield "dicom_node_process_ready", "1 when the process runs and is ready.", {"process": name}, float(state == "ready")
+        yield "dicom_node_process_ready", "1 when the process runs and is ready.", {"process": name}, float(state in SERVING)
     yield "dicom_node_free_bytes", "Free space of the data folder.", {}, float(shutil.disk_usage(settings.node.data_dir).free)
     try:
         counts, ages = parts.queue.counts(), parts.queue.oldest_unfinished_s()

@@ -40,7 +40,7 @@ from dicom_node.storehouse import (
     storage,
     wrapping_key,
 )
-from dicom_node.supervisor import Supervisor, end_in_time, give_signs_of_life, stop_on_signals, stop_with_parent
+from dicom_node.supervisor import DEGRADED, READY, Supervisor, end_in_time, give_signs_of_life, stop_on_signals, stop_with_parent
 from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
 from storage.keys import Ring
@@ -330,11 +330,11 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
             if alone:
                 stack.enter_context(served(settings, parts, lambda: {role: "stopping"} if stop.is_set() else state, alone=metrics.registry))
 
-            def ready() -> None:
+            def ready(*, degraded: bool = False) -> None:
                 log.debug("process.ready")
-                state[role] = "ready"
+                state[role] = "degraded" if degraded else "ready"
                 if status >= 0:
-                    give_signs_of_life(status, stop, parts.archive.check)
+                    give_signs_of_life(status, stop, parts.archive.check, well=DEGRADED if degraded else READY)
 
             run(settings, parts, metrics, stop, ready)
         except StorageError as error:
@@ -387,8 +387,8 @@ def _web(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threadin
     asyncio.run(run())
 
 
-def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:
-    from inference.errors import InferenceError  # torch loads in workers alone
+def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[..., None]) -> None:
+    from inference.errors import DeviceLost, InferenceError  # torch loads in workers alone
     from inference.pipeline import Pipeline
     from inference.report import CodingSchemes, build_reports
     from inference.runner import ModelRunner
@@ -404,8 +404,9 @@ def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threa
     threads = settings.inference.threads or max(1, (os.cpu_count() or 1) // settings.inference.workers)
     identity, installation_uid = node_identity(parts)
     schemes = CodingSchemes(settings.reports.private_scheme, settings.reports.icd11_scheme, settings.reports.icd11_release)
+    reach = failpoint_from_environment(os.environ)
     try:
-        runner = ModelRunner(model_bundles(settings), threads=threads, device=settings.inference.device)
+        runner = ModelRunner(model_bundles(settings), threads=threads, device=settings.inference.device, fall_back=True, reach=reach)
         pipeline = Pipeline(model=runner, profile=settings.node.profile, max_frames=settings.limits.frames, observe=metrics.seconds)
     except InferenceError as error:
         raise StartError(f"inference.bundles: {error}") from error
@@ -419,13 +420,27 @@ def _worker(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threa
         deliver_to=routing(settings, parts.peers).destinations if settings.delivery.enabled else nowhere,
         max_pixels=settings.limits.pixels,
         max_bytes=settings.limits.object_bytes,
-        reach=failpoint_from_environment(os.environ),
+        reach=reach,
         heartbeat_s=settings.node.lease_s / 3,
         wait=parts.database.changed,
         observe=observe,
     )
-    ready()
-    worker.run(stop)
+    metrics.stand_in(settings.inference.device, used=bool(runner.fault))
+    if runner.fault:
+        log.error(
+            "worker.degraded",
+            reason=runner.fault,
+            effect="it computes on the CPU, slower",
+            remedy="mend the device and start the node again, or set [inference] device to auto or cpu",
+        )
+    ready(degraded=bool(runner.fault))
+    try:
+        worker.run(stop)
+    except DeviceLost as error:
+        effect = "the picture was given back, and the worker ends; another takes its place"
+        log.error("worker.device_lost", reason=str(error), effect=effect)  # noqa: TRY400 - a sentence for a person
+        stop.set()  # so that it ends in time whatever the driver does yet
+        raise SystemExit(1) from error
 
 
 def _courier(settings: Settings, parts: Storehouse, metrics: Metrics, stop: threading.Event, ready: Callable[[], None]) -> None:

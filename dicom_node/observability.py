@@ -143,7 +143,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        _allocate()
+        _allocate("counter", "histogram")
         registry = CollectorRegistry()
         self._instances = Counter("dicom_node_instances", "Instances by door and outcome.", ["door", "outcome"], registry=registry)
         self._bytes = Counter("dicom_node_received_bytes", "Data set bytes of stored instances.", ["door"], registry=registry)
@@ -161,6 +161,10 @@ class Metrics:
         self._moved = Counter("dicom_node_moved", "Objects brought into the store, or not, by outcome.", ["outcome"], registry=registry)
         self._moved_bytes = Counter("dicom_node_moved_bytes", "Bytes brought into the store.", registry=registry)
         self._dimse = Counter("dicom_node_dimse", "Queries, retrievals, commitments: what happened.", ["event"], registry=registry)
+        self._stand_in = Gauge(
+            "dicom_node_workers_on_stand_in", "Workers that compute on the CPU because another device cannot be used.", ["device"],
+            registry=registry, multiprocess_mode="livesum",
+        )  # fmt: skip
         self._log_lines = Counter(LINES_DROPPED, LINES_DROPPED_HELP, registry=registry)
         self._certificates = Gauge(
             "dicom_node_certificate_seconds", "Until a certificate of ours ends.", ["of"], registry=registry, multiprocess_mode="livemin"
@@ -185,12 +189,18 @@ class Metrics:
         """Count a query, a retrieval, or a step of a storage commitment."""
         self._dimse.labels(event).inc()
 
+    def stand_in(self, device: str, *, used: bool) -> None:
+        """Note whether this worker computes on the CPU because the `device` asked for cannot be used."""
+        _allocate("gauge_livesum")
+        self._stand_in.labels(device).set(used)
+
     def log_lines_dropped(self, count: int) -> None:
         """Count lines that the log lost."""
         self._log_lines.inc(count)
 
     def certificate(self, of: str, seconds: float) -> None:
         """Note for how long a certificate is good yet."""
+        _allocate("gauge_livemin")
         self._certificates.labels(of).set(seconds)
 
     def request(self, *, transaction: str, status: int) -> None:
@@ -230,12 +240,12 @@ class Metrics:
         self._seconds.labels(step).observe(value)
 
 
-def _allocate() -> None:
+def _allocate(*kinds: str) -> None:
     """Give the counter files of this process their blocks now: they are written through a memory map, where a full disk kills by SIGBUS."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if not folder:
         return
-    for kind in ("counter", "histogram"):
+    for kind in kinds:
         descriptor = os.open(Path(folder) / f"{kind}_{os.getpid()}.db", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, COUNTER_BYTES)
@@ -253,7 +263,7 @@ def prepare_metrics(folder: Path) -> None:
 
 def lines_dropped_of_parent() -> Callable[[int], None]:
     """Give what counts the log's lost lines in the parent, which has no `Metrics`: it imported the library before it named the folder."""
-    _allocate()
+    _allocate("counter")
     value = MultiProcessValue()("counter", LINES_DROPPED, f"{LINES_DROPPED}_total", (), (), LINES_DROPPED_HELP)  # type: ignore[no-untyped-call]
     add: Callable[[int], None] = value.inc
     return add

@@ -29,8 +29,10 @@ FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 15.0
 STEADY_S = 30.0
 """A child that lived this long is restarted without delay."""
-READY, FAULTY = b"+", b"-"
-"""What a child says of itself."""
+READY, DEGRADED, FAULTY = b"+", b"~", b"-"
+"""What a child says of itself; degraded: it works, worse than it was asked to."""
+SERVING = frozenset({"ready", "degraded"})
+"""States in which a child does its work."""
 _OURS = ("dicom_node", "dicomweb", "inference", "storage")
 SIGN_OF_LIFE_S = 5.0
 """How often it does."""
@@ -75,8 +77,8 @@ class Supervisor:
         self._on_exit = on_exit
 
     def states(self) -> dict[str, str]:
-        """Role (numbered where there are several) -> ready, faulty, starting or down, for people and /readyz."""
-        words = {READY: "ready", FAULTY: "faulty"}
+        """Role (numbered where there are several) -> ready, degraded, faulty, starting or down, for people and /readyz."""
+        words = {READY: "ready", DEGRADED: "degraded", FAULTY: "faulty"}
         states: dict[str, str] = {}
         for number, child in enumerate(self._children):
             process = child.process  # the other thread may forget it meanwhile
@@ -87,7 +89,7 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         """Every child runs and has said so."""
-        return all(state == "ready" for state in self.states().values())
+        return SERVING.issuperset(self.states().values())
 
     def run(self, stop: threading.Event, *, drain_s: float, on_ready: Callable[[], None]) -> None:
         """Keep the children running until ``stop``; then end them within ``drain_s`` seconds."""
@@ -205,17 +207,19 @@ def stop_with_parent(lifeline: int, stop: threading.Event) -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def give_signs_of_life(status: int, stop: threading.Event, check: Callable[[], None]) -> None:
+def give_signs_of_life(status: int, stop: threading.Event, check: Callable[[], None], *, well: bytes = READY) -> None:
     """Tell the parent now and every few seconds, until ``stop``, how this process is; returns at once, speaks from a thread.
 
     Parameters
     ----------
     check
         Raises StorageError while this process can take nothing in.
+    well
+        What it says while it can: READY or DEGRADED.
     """
 
     def speak() -> None:
-        word = READY
+        word = well
         while True:
             try:
                 os.write(status, word)
@@ -226,11 +230,11 @@ def give_signs_of_life(status: int, stop: threading.Event, check: Callable[[], N
             try:
                 check()
             except StorageError as error:
-                if word == READY:
+                if word != FAULTY:
                     log.error("process.faulty", reason=str(error))  # noqa: TRY400 - a sentence for a person
                 word = FAULTY
             else:
-                word = READY
+                word = well
 
     threading.Thread(target=speak, name="signs of life", daemon=True).start()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -11,16 +13,22 @@ from numpy.typing import NDArray
 
 from inference import geometry
 from inference.bundle import INDICATORS, Input, ModelBundle, Task
-from inference.errors import ModelUnavailable, UnsupportedPixels
+from inference.errors import DeviceError, DeviceFull, DeviceLost, ModelUnavailable, UnsupportedPixels
 from inference.items.diagnosis import entropy, indicators
 from inference.items.quality import acceptable, limited, quality_band
 from inference.networks import ARCHITECTURES, build
 from inference.records import Category, Code, Diagnosis, Domain, Indicator, Lesion, Quality, Segmentation
+from storage.failpoints import unarmed
 
 Picture = NDArray[np.uint8]
 DIGITS: Final = 6
 """Decimals kept of a probability: below them the order of a sum on another machine may show."""
 MAX_LESIONS: Final = 20
+_NO_MEMORY: Final = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+_NO_DEVICE: Final = re.compile(
+    r"CUDA error|CUDA driver|CUDA-capable|cuDNN error|cuDNN_STATUS|CUBLAS_STATUS|device-side assert", re.IGNORECASE
+)
+"""In messages of torch, which raises RuntimeError for most of it."""
 _FLIPS: Final[dict[str, tuple[int, ...]]] = {"as_is": (), "flip_columns": (3,), "flip_rows": (2,), "turn_half": (2, 3)}
 
 
@@ -34,12 +42,29 @@ class Model(Protocol):
         ...
 
 
+@contextmanager
+def _faults_of_device() -> Iterator[None]:
+    """Tell what is wrong with the device from what is wrong with the picture or the model."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DeviceFull("there is no memory left for the analysis; give the worker more, or run fewer of them") from error
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(said):
+            raise DeviceFull(f"there is no memory left for the analysis ({said}); give the worker more, or run fewer of them") from error
+        if isinstance(error, torch.AcceleratorError) or _NO_DEVICE.search(said):
+            raise DeviceLost(f"the device failed under the analysis ({said})") from error
+        raise
+
+
 class TorchModel:
     """A bundle's network on a device, checked against its manifest by one run at the start."""
 
-    def __init__(self, bundle: ModelBundle, device: torch.device) -> None:
+    def __init__(self, bundle: ModelBundle, device: torch.device, reach: Callable[[str], None] = unarmed) -> None:
         self.bundle = bundle
         self._device = device
+        self._reach = reach
         card = bundle.card
         if card.architecture.name not in ARCHITECTURES:
             raise ModelUnavailable(
@@ -52,10 +77,11 @@ class TorchModel:
                 f"{bundle.folder}: {card.architecture.name} does not take these arguments ({error}); mend the manifest"
             ) from error
         _load(network, bundle)
-        self._network = network.eval().requires_grad_(requires_grad=False).to(device)
-        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._mean = torch.tensor(card.input.mean, device=device).view(1, 3, 1, 1)
-        self._deviation = torch.tensor(card.input.deviation, device=device).view(1, 3, 1, 1)
+        with _faults_of_device():
+            self._network = network.eval().requires_grad_(requires_grad=False).to(device)
+            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._mean = torch.tensor(card.input.mean, device=device).view(1, 3, 1, 1)
+            self._deviation = torch.tensor(card.input.deviation, device=device).view(1, 3, 1, 1)
         found = self.outputs(np.zeros((card.input.rows, card.input.columns, 3), np.uint8)).shape
         wanted: tuple[int, ...] = (len(card.labels),)
         if card.task == "segmentation":
@@ -66,7 +92,20 @@ class TorchModel:
             )
 
     def outputs(self, frame: Picture) -> NDArray[np.float64]:
-        """Give the mean outputs over the views of the manifest."""
+        """Give the mean outputs over the views of the manifest.
+
+        Raises
+        ------
+        DeviceLost, DeviceFull
+        """
+        with _faults_of_device():
+            self._reach("device.compute")
+            mean = self._mean_outputs(frame)
+        if not np.isfinite(mean).all():
+            raise ModelUnavailable(f"{self.bundle.folder}: the network gave a value that is not finite; train or convert it again")
+        return mean
+
+    def _mean_outputs(self, frame: Picture) -> NDArray[np.float64]:
         batch = prepare(frame, self.bundle.card.input).to(self._device)
         batch = ((batch - self._mean) / self._deviation).contiguous(memory_format=torch.channels_last)
         total: torch.Tensor | None = None
@@ -79,8 +118,6 @@ class TorchModel:
                 total = seen if total is None else total + seen
         assert total is not None  # noqa: S101 - the manifest has at least one view
         mean: NDArray[np.float64] = (total / len(self.bundle.card.input.views))[0].double().cpu().numpy()
-        if not np.isfinite(mean).all():
-            raise ModelUnavailable(f"{self.bundle.folder}: the network gave a value that is not finite; train or convert it again")
         return mean
 
 
@@ -125,6 +162,20 @@ def _softmax(logits: NDArray[np.float64], temperature: float, bias: Sequence[flo
     return [float(value) for value in np.clip(np.round(rounded, DIGITS), 0, 1)]
 
 
+def _on(name: str, bundles: Sequence[ModelBundle], reach: Callable[[str], None]) -> dict[str, Model]:
+    """Bring the networks to a device; each has run once there."""
+    try:
+        place = torch.device(name)
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceLost(str(error).partition("\n")[0]) from error
+    if place.type != "cpu":
+        # a CPU's kernels are deterministic as they are, and this call imports seconds' worth of compiler
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    return {bundle.card.task: TorchModel(bundle, place, reach) for bundle in bundles}
+
+
 class ModelRunner:
     """The models of a worker, one a task; every result names the model that gave it.
 
@@ -139,6 +190,15 @@ class ModelRunner:
         Threads of torch; 0 leaves torch's own choice.
     device
         ``auto`` takes a GPU when there is one; else a torch device name.
+    fall_back
+        Take the CPU, and say why in `fault`, where the device cannot be used; else that is ModelUnavailable.
+    reach
+        Failpoint: device.compute, before each run of a network, those at the start too.
+
+    Attributes
+    ----------
+    fault
+        Why the CPU stands in for the device that was asked for; empty when it does not.
 
     Raises
     ------
@@ -146,26 +206,31 @@ class ModelRunner:
         Two bundles for one task, weights that do not fit their architecture, or no such device.
     """
 
-    def __init__(self, bundles: Sequence[ModelBundle], *, threads: int, device: str = "auto") -> None:
+    def __init__(
+        self,
+        bundles: Sequence[ModelBundle],
+        *,
+        threads: int,
+        device: str = "auto",
+        fall_back: bool = False,
+        reach: Callable[[str], None] = unarmed,
+    ) -> None:
         if threads > 0:
             torch.set_num_threads(threads)
+        tasks: dict[str, ModelBundle] = {}
+        for bundle in bundles:
+            other = tasks.setdefault(bundle.card.task, bundle)
+            if other is not bundle:
+                raise ModelUnavailable(f"{bundle.folder} and {other.folder} are both for {bundle.card.task}; keep one of them")
+        self.fault = ""
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
-            place = torch.device(name)
-            torch.zeros(1, device=place)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelUnavailable(f"device {device!r} cannot be used ({reason}); set [inference] device to auto or cpu") from error
-        if place.type != "cpu":
-            # a CPU's kernels are deterministic as they are, and this call imports seconds' worth of compiler
-            torch.use_deterministic_algorithms(mode=True, warn_only=True)
-            torch.backends.cudnn.benchmark = False
-        self._models: dict[str, Model] = {}
-        for bundle in bundles:
-            task = bundle.card.task
-            if task in self._models:
-                raise ModelUnavailable(f"{bundle.folder} and {self._models[task].bundle.folder} are both for {task}; keep one of them")
-            self._models[task] = TorchModel(bundle, place)
+            self._models = _on(name, bundles, reach)
+        except DeviceError as error:
+            self.fault = f"device {device!r} cannot be used ({error})"
+            if not fall_back or name == "cpu":
+                raise ModelUnavailable(f"{self.fault}; set [inference] device to auto or cpu") from error
+            self._models = _on("cpu", bundles, reach)
 
     def has(self, task: Task) -> bool:
         """Say whether there is a model for `task`."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from inference.errors import InferenceError, UnsupportedPixels
+from inference.errors import DeviceFull, DeviceLost, InferenceError, UnsupportedPixels
 from inference.pixels import decode_frames, source_header
 from inference.records import Failure, ImageAnalysis, Report, ReportContext, ReportReference
 from storage.errors import ColdObject, LeaseLost, StorageError, Unavailable
@@ -117,7 +117,13 @@ class Worker:
         self._observe = observe
 
     def run(self, stop: threading.Event) -> None:
-        """Work until `stop` is set; the instance under way is finished first."""
+        """Work until `stop` is set; the instance under way is finished first.
+
+        Raises
+        ------
+        DeviceLost
+            As `work_once`.
+        """
         wait = self._wait or stop.wait
         unavailable = False
         while not stop.is_set():
@@ -138,6 +144,8 @@ class Worker:
         ------
         StorageError
             The queue can neither be read nor written now; a job that was claimed is claimed again when its lease ends.
+        DeviceLost
+            This process can compute no more; the job was given back.
         """
         job = self._queue.claim(JobKind.ANALYSE, owner=self._owner)
         if job is None:
@@ -151,6 +159,11 @@ class Worker:
             _log.warning("analysis.lease_lost", extra={"job": job.id, "reason": "another worker has the job; this result was dropped"})
         except Unavailable as error:
             self._postponed(job, error)
+        except DeviceLost as error:
+            self._device_lost(job, error)
+            raise
+        except DeviceFull as error:
+            self._failed(job, str(error), retryable=True)
         except (InferenceError, StorageError) as error:
             self._failed(job, str(error), retryable=error.retryable)
         except Exception as error:  # noqa: BLE001 - the edge of a worker; a message may quote the header, so only the class is kept
@@ -251,6 +264,18 @@ class Worker:
         except LeaseLost:
             return
         _log.warning("analysis.postponed", extra={"job": job.id, "reason": str(error)})
+        self._observe("analysis.postponed")
+
+    def _device_lost(self, job: Job, error: DeviceLost) -> None:
+        """Give the job back untried, since the device failed and not the picture; at the second time running it may be the picture."""
+        if job.reason == str(error):
+            self._failed(job, str(error), retryable=True)
+            return
+        try:
+            self._queue.release(job, reason=str(error))
+        except StorageError as away:  # it is taken again when its lease ends
+            _log.warning("analysis.not_given_back", extra={"job": job.id, "reason": str(away)})
+            return
         self._observe("analysis.postponed")
 
     def _failed(self, job: Job, reason: str, *, retryable: bool) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 
 VARIABLE = "DICOM_NODE_FAILPOINT"
 ONCE = "DICOM_NODE_FAILPOINT_ONCE"
-_GRAMMAR = re.compile(r"(?P<name>[a-z_.]+):(?P<nth>[1-9][0-9]*)(?::(?P<action>kill|pause))?")
+_GRAMMAR = re.compile(r"(?P<name>[a-z_.]+):(?P<nth>[1-9][0-9]*)(?::(?P<action>kill|pause|raise=(?P<message>.+)))?")
 
 
 def unarmed(name: str) -> None:
@@ -28,8 +28,9 @@ def failpoint_from_environment(environ: Mapping[str, str]) -> Callable[[str], No
 
     The value is ``name:nth[:action]``: at the `nth` time (from 1, counted over all threads of the process) that ``reach(name)`` is
     called, ``kill`` (the default) ends the process by SIGKILL, as a crash would; ``pause`` writes one line to standard error
-    and sleeps until the process is killed. With ``DICOM_NODE_FAILPOINT_ONCE``, the path of a file that is made then, it fires in one
-    process of all that share it: a successor that met the same work again would die for ever.
+    and sleeps until the process is killed; ``raise=message`` raises RuntimeError with that message, as a library would. With
+    ``DICOM_NODE_FAILPOINT_ONCE``, the path of a file that is made then, it fires in one process of all that share it: a successor
+    that met the same work again would die for ever.
 
     Raises
     ------
@@ -41,8 +42,8 @@ def failpoint_from_environment(environ: Mapping[str, str]) -> Callable[[str], No
         return unarmed
     parsed = _GRAMMAR.fullmatch(setting)
     if parsed is None:
-        raise ValueError(f"{VARIABLE}={setting!r} is no failpoint; write name:nth or name:nth:kill or name:nth:pause, or unset it")
-    armed, nth, action = parsed["name"], int(parsed["nth"]), parsed["action"] or "kill"
+        raise ValueError(f"{VARIABLE}={setting!r} is no failpoint; write name:nth[:kill|:pause|:raise=message], or unset it")
+    armed, nth, action, message = parsed["name"], int(parsed["nth"]), parsed["action"] or "kill", parsed["message"]
     once = environ.get(ONCE, "")
     lock = threading.Lock()
     reached = 0
@@ -58,6 +59,8 @@ def failpoint_from_environment(environ: Mapping[str, str]) -> Callable[[str], No
             return
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if message is not None:
+            raise RuntimeError(message)
         sys.stderr.write(f"failpoint {armed}:{nth} reached, process {os.getpid()} is paused\n")
         sys.stderr.flush()
         while True:

@@ -34,6 +34,7 @@ _KILLS = "tests/system/test_kills.py::"
 _NODE = "tests/system/test_node.py::"
 _LOG = "tests/system/test_log.py::"
 _LOG_PIPE = "tests/dicom_node/test_log_pipe.py::"
+_DEVICE = "tests/system/test_device.py::"
 _STOW = "tests/dicomweb/test_stow.py::"
 
 ACK_BEFORE_COMMIT = _SCHEDULES + "test_a_dishonest_node_is_found_out"
@@ -408,7 +409,17 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
         _ARCHIVE + "test_conclude_refuses_another_report_of_the_same_uid",
     ),
     Fault(
-        33, "GPU lost", "P8", (), missing="the worker computes on the CPU; an unknown device is refused at the start. Comes with the GPU"
+        33,
+        "GPU lost",
+        "P8",
+        (
+            _DEVICE + "test_the_device_is_lost_in_mid_run",
+            _DEVICE + "test_a_gpu_is_asked_for_and_there_is_none",
+            "tests/inference/test_device.py::test_a_lost_device_costs_no_try_and_writes_no_report",
+            "tests/inference/test_device.py::test_a_picture_that_fails_every_device_ends_dead",
+        ),
+        "tests/inference/test_device.py::test_control_what_a_model_cannot_digest_is_an_item_of_the_report",
+        "no GPU was pulled out: a failpoint raises what torch raises of one",
     ),
     Fault(
         34,
