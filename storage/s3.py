@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 from botocore.exceptions import ClientError
 
@@ -148,6 +148,7 @@ class S3Store:
         if kms_key_id:
             self._encryption["SSEKMSKeyId"] = kms_key_id
         self._class = {"StorageClass": storage_class} if storage_class else {}
+        self._unencrypted = False
         self._client = S3Client(
             bucket=bucket,
             endpoint_url=endpoint_url,
@@ -170,7 +171,8 @@ class S3Store:
         for name, value in merged.items():
             if not (_TAG_NAME.fullmatch(name) and _TAG_VALUE.fullmatch(value)):
                 raise ValueError(f"the tag {name!r} has a name or value that S3 does not take: letters, digits, spaces and +-=._:/@ alone")
-        return {"Tagging": urlencode(merged)} if merged else {}
+        # a space as %20: radosgw takes a + for itself
+        return {"Tagging": urlencode(merged, quote_via=quote)} if merged else {}
 
     # --- put -------------------------------------------------------------------------------------------------------------
 
@@ -193,6 +195,8 @@ class S3Store:
                     ours, checksum = upload(name, file, sealed, extra, deadline)
                     self._reach("object.renamed")
                     self._confirm(name, sealed, checksum, deadline, ours=ours)
+                    if upload == self._put_in_parts and "Tagging" in extra:
+                        self._keep_tags(name, extra["Tagging"], deadline)
                 except Unavailable:
                     _require_unchanged(sealed, file)  # looked at only now: who is at fault, the store or this disk?
                     raise
@@ -204,7 +208,7 @@ class S3Store:
         """Return whether what lies under `name` now came from this call (or may have), and the checksum that the store should know."""
         checksum = base64.b64encode(bytes.fromhex(sealed.sha256)).decode()
         try:
-            self._client.call(
+            answer = self._client.call(
                 "put_object",
                 deadline,
                 "write",
@@ -219,6 +223,7 @@ class S3Store:
             )
         except ClientError as error:
             return retries_of(error) > 0, checksum  # 412: the object is there; from our own try perhaps, whose answer got lost
+        self._look_for_encryption(answer)
         return True, checksum
 
     def _put_in_parts(
@@ -226,6 +231,7 @@ class S3Store:
     ) -> tuple[bool, str]:
         """As `_put_whole`."""
         begun = self._client.call("create_multipart_upload", deadline, "write", Key=name, ChecksumAlgorithm="SHA256", **extra)
+        self._look_for_encryption(begun)
         upload: dict[str, Any] = {"Key": name, "UploadId": str(begun["UploadId"])}
         parts: list[dict[str, Any]] = []
         whole, of_digests = hashlib.sha256(), hashlib.sha256()
@@ -272,6 +278,25 @@ class S3Store:
             self._abort(upload)
             raise
         return True, composite
+
+    def _keep_tags(self, name: str, tagging: str, deadline: Deadline) -> None:
+        """Give an object that went up in parts its tags, where the service says that it has none: radosgw drops them."""
+        try:
+            head = self._client.call("head_object", deadline, "read back", expected=(404,), Key=name)
+        except ClientError:
+            return  # deleted meanwhile
+        if head.get("TagCount") == 0:
+            tags = [{"Key": key, "Value": value} for key, value in parse_qsl(tagging, keep_blank_values=True)]
+            self._client.call("put_object_tagging", deadline, "tag an object of", Key=name, Tagging={"TagSet": tags})
+
+    def _look_for_encryption(self, answer: Mapping[str, Any]) -> None:
+        """Say once that a service encrypts nothing though it was asked to. What it holds is sealed by the node in any case."""
+        if self._encryption and not self._unencrypted and not answer.get("ServerSideEncryption"):
+            self._unencrypted = True
+            remedy = (
+                "configure the store's encryption, or empty [archive] server_side_encryption; the node's own encryption is not affected"
+            )
+            _log.warning("store.encryption.ignored", extra={"bucket": self._bucket, "remedy": remedy})
 
     def _abort(self, upload: Mapping[str, Any]) -> None:
         """Give up an upload: its parts cost money and no listing shows them. Should this fail too, `clean_uploads` finds it."""
@@ -503,7 +528,7 @@ class S3Store:
         """Write with Content-MD5 and SHA-256, read back and compare."""
         key = self._prefix + document_path(name)
         deadline = self._deadline()
-        self._client.call(
+        answer = self._client.call(
             "put_object",
             deadline,
             "write",
@@ -513,6 +538,7 @@ class S3Store:
             ChecksumSHA256=base64.b64encode(hashlib.sha256(content).digest()).decode(),
             **self._encryption,
         )
+        self._look_for_encryption(answer)
         for attempt in range(self._client.attempts):
             if attempt and not self._client.pause(attempt, deadline):
                 break

@@ -36,6 +36,7 @@ _CREDENTIALS = frozenset(
     {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired", "SignatureDoesNotMatch", "RequestExpired"}
 )
 _CHANGED_ON_THE_WAY = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
+_NOT_TAKEN = frozenset({"InvalidArgument", "InvalidStorageClass", "InvalidRequest", "InvalidTag", "InvalidEncryptionAlgorithmError"})
 _AGAIN = _CHANGED_ON_THE_WAY | {
     "RequestTimeout",
     "RequestTimeoutException",
@@ -353,6 +354,11 @@ class S3Client:
                 return Unavailable(f"{where}access denied ({code}); check the credentials and the policy of bucket and key")
             if code in _CHANGED_ON_THE_WAY:
                 return Unavailable(f"{where}the bytes changed on the way ({code}); look into the network and the memory of this machine")
+            if code in _NOT_TAKEN:
+                settings = "[archive] storage_class, server_side_encryption, kms_key_id and tags"
+                return Unavailable(
+                    f"{where}the store does not take such a request ({status} {code}); check {settings} against what it knows"
+                )
             return Unavailable(f"{where}the store answered {status} {code}; try again later")
         if isinstance(error, SSLError):
             return Unavailable(

@@ -164,6 +164,8 @@ class Wire:
         answer: dict[str, Any] = {"ResponseMetadata": {"HTTPStatusCode": status}}
         if method == "PUT":
             _drained(response)
+            if encryption := response.headers.get("x-amz-server-side-encryption"):
+                answer["ServerSideEncryption"] = str(encryption)
             return answer
         length = str(response.headers.get("content-length", ""))
         if not length.isdecimal():

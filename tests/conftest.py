@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from storage.database import Database
+from tests import ceph
 from tests.ports import free_port
 from tests.postgresql_server import PostgresqlServer, started
 
@@ -24,6 +25,11 @@ settings.register_profile("house", deadline=None, derandomize=bool(os.environ.ge
 settings.load_profile("house")
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the S3 service of the tests be chosen."""
+    parser.addoption("--s3", choices=("rclone", "radosgw"), default="rclone", help="the S3 service of the tests; radosgw: see make ceph")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +53,16 @@ def shared() -> Path:
     return _SHARED
 
 
-S3_KEY, S3_SECRET = "test-access-key", "test-secret-key-of-length"
+S3_KEY, S3_SECRET = ceph.KEY, ceph.SECRET
+
+
+@pytest.fixture(scope="session")
+def radosgw() -> Iterator[ceph.Ceph]:
+    """Ceph's S3 service; its absence skips the test, unless ``--s3`` asked for it."""
+    if absent := ceph.missing():
+        pytest.skip(f"{', '.join(absent)} of Ceph: not installed; make ceph installs them")
+    with ceph.started() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -99,13 +114,17 @@ def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, 
 
 
 @pytest.fixture
-def s3_bucket(
-    s3_service: tuple[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Callable[[], tuple[str, str, Path]]:
-    """Give a new bucket at each call: (endpoint URL, bucket, its folder); credentials are in the environment."""
-    endpoint, folder = s3_service
+def s3_bucket(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[[], tuple[str, str, Path]]:
+    """Give a new bucket at each call: (endpoint URL, bucket, its folder); credentials are in the environment.
+
+    With ``--s3 radosgw`` there is no folder.
+    """
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
+    if request.config.getoption("s3") == "radosgw":
+        running: ceph.Ceph = request.getfixturevalue("radosgw")
+        return lambda: (running.endpoint, running.new_bucket(), Path("/nonexistent"))
+    endpoint, folder = request.getfixturevalue("s3_service")
 
     def new() -> tuple[str, str, Path]:
         bucket = f"bucket-{len(list(folder.iterdir()))}-{os.getpid()}"

@@ -15,7 +15,7 @@ not compared. With a script it lies:
         s3.objects()                                       # name -> bytes: what it really keeps
         s3.requests                                        # [(operation, name), …] in order of arrival
 
-Operations: ``put get head delete list check begin part complete abort uploads versions restore`` (a put is an object in one request;
+Operations: ``put get head delete list check begin part complete abort uploads versions restore tag`` (a put is an object in one request;
 ``begin part complete abort uploads`` are of uploads in parts). A rule without an operation meets all of them. Of several rules the
 first that fires is followed. The server may be shut (`stop`, as when the service is down) and started again on the same port with
 its objects kept (`start`).
@@ -38,10 +38,10 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
-OPERATIONS = frozenset("put get head delete list check begin part complete abort uploads versions restore".split())  # noqa: SIM905
+OPERATIONS = frozenset("put get head delete list check begin part complete abort uploads versions restore tag".split())  # noqa: SIM905
 PAGE = 1000
 
 
@@ -108,6 +108,8 @@ def slow(seconds: float) -> Fault:
     return Fault("slow", seconds=seconds)
 
 
+TAGS_DROPPED = Fault("tags dropped")
+"""Upload in parts as to radosgw: it forgets the tags, and says so where it is asked for a head."""
 INTERNAL_ERROR = error(500, "InternalError")
 BAD_GATEWAY = error(502, "BadGateway")
 SLOW_DOWN = error(503, "SlowDown")
@@ -230,6 +232,11 @@ class LyingS3:
             self._healed = threading.Event()
 
     # what is kept
+
+    def tagging(self, name: str) -> str:
+        """Return the tags of an object as they were sent with it, or later."""
+        with self._lock:
+            return self._kept[name].headers.get("x-amz-tagging", "")
 
     def objects(self) -> dict[str, bytes]:
         """Return what is really kept: name -> bytes."""
@@ -386,7 +393,7 @@ class _Handler(BaseHTTPRequestHandler):
         query = self._query
         match self.command:
             case "PUT":
-                return "part" if "partNumber" in query else "put"
+                return "part" if "partNumber" in query else "tag" if "tagging" in query else "put"
             case "HEAD":
                 return "head" if self._name else "check"
             case "DELETE":
@@ -507,7 +514,14 @@ class _Handler(BaseHTTPRequestHandler):
         headers = _describe(kept)
         if self._given.get("x-amz-checksum-mode") == "ENABLED" and "x-amz-checksum-sha256" in kept.headers:
             headers["x-amz-checksum-sha256"] = kept.headers["x-amz-checksum-sha256"]
+        if self._script is TAGS_DROPPED:
+            headers["x-amz-tagging-count"] = str(len(parse_qs(kept.headers.get("x-amz-tagging", ""))))
         return 200, headers, b""
+
+    def _tag(self) -> tuple[int, dict[str, str], bytes]:
+        pairs = re.findall(r"<Key>(.*?)</Key><Value>(.*?)</Value>", self._body.decode())
+        self._kept().headers["x-amz-tagging"] = urlencode(pairs, quote_via=quote)
+        return 200, {}, b""
 
     def _delete(self) -> tuple[int, dict[str, str], bytes]:
         service = self.server.service
@@ -540,7 +554,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _begin(self) -> tuple[int, dict[str, str], bytes]:
         service = self.server.service
         upload = f"upload-{service._number()}"
-        service._uploads[upload] = _Upload(self._name, _kept_headers(self._given), datetime.now(UTC).replace(microsecond=0))
+        headers = _kept_headers(self._given)
+        if self._script is TAGS_DROPPED:
+            headers.pop("x-amz-tagging", None)
+        service._uploads[upload] = _Upload(self._name, headers, datetime.now(UTC).replace(microsecond=0))
         return (
             200,
             {},

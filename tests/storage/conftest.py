@@ -12,7 +12,9 @@ import pytest
 from storage.database import Database
 from storage.objects import ObjectStore
 from storage.s3 import S3Store
+from tests import ceph
 from tests.storage.house import House, build
+from tests.storage.moto_service import MotoService, moto_server
 from tests.storage.support import open_database
 
 Build = Callable[..., House]
@@ -51,6 +53,22 @@ def houses(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
 def house(houses: Build) -> House:
     """One archive over a directory."""
     return houses()
+
+
+@pytest.fixture(scope="session")
+def _moto_service() -> Iterator[MotoService]:
+    with moto_server() as endpoint:
+        yield MotoService(endpoint)
+
+
+@pytest.fixture
+def versatile(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> MotoService | ceph.Ceph:
+    """An S3 service that knows versions, tags, encryption and classes: moto, or radosgw; credentials are in the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ceph.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ceph.SECRET)
+    which = "radosgw" if request.config.getoption("s3") == "radosgw" else "_moto_service"
+    service: MotoService | ceph.Ceph = request.getfixturevalue(which)
+    return service
 
 
 @pytest.fixture

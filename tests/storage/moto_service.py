@@ -11,6 +11,27 @@ import boto3
 from moto.server import ThreadedMotoServer
 
 
+class MotoService:
+    """The server as tests see it that would take radosgw as well (`tests.ceph.Ceph`).
+
+    Parameters
+    ----------
+    endpoint
+        Its URL.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+
+    def client(self) -> Any:
+        """Return boto3's own client, to look behind the store's back."""
+        return client_of(self.endpoint)
+
+    def new_bucket(self, *, versioned: bool = False) -> str:
+        """Make a bucket; return its name."""
+        return new_bucket(self.endpoint, versioned=versioned)
+
+
 @contextmanager
 def moto_server() -> Iterator[str]:
     """Run the server in a thread; yield its URL. Any credentials do."""

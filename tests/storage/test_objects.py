@@ -18,17 +18,9 @@ from storage.objects import DOCUMENT_BYTES, DirectoryStore, ObjectStore
 from storage.records import SealedObject
 from storage.s3 import S3Store
 from tests.faults.lying_s3 import LyingS3
-from tests.storage.moto_service import moto_server, new_bucket
 
 Landed = Callable[[bytes], tuple[Path, SealedObject]]
 MEBIBYTE = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def moto_service() -> Iterator[str]:
-    """URL of a moto server."""
-    with moto_server() as endpoint:
-        yield endpoint
 
 
 @pytest.fixture
@@ -40,7 +32,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["directory", "rclone", "moto", "moto, versions kept", "lying without a script"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStore]:
-    """Each implementation in turn, over each service."""
+    """Each implementation in turn, over each service; with ``--s3 radosgw`` that takes the place of rclone and moto."""
     options = {"prefix": "sealed/", "region": "us-east-1", "attempts": 3}
     match request.param:
         case "directory":
@@ -53,9 +45,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
             with LyingS3() as s3:
                 yield S3Store(bucket=s3.bucket, endpoint_url=s3.endpoint, **options)
         case moto:
-            request.getfixturevalue("credentials")
-            endpoint = request.getfixturevalue("moto_service")
-            yield S3Store(bucket=new_bucket(endpoint, versioned="versions" in moto), endpoint_url=endpoint, **options)
+            service = request.getfixturevalue("versatile")
+            yield S3Store(bucket=service.new_bucket(versioned="versions" in moto), endpoint_url=service.endpoint, **options)
 
 
 @pytest.fixture
