@@ -225,9 +225,11 @@ class LyingS3:
             self._rules.append(_Rule(fault, operation, times, probability))
 
     def heal(self) -> None:
-        """Forget the script: be honest, let hanging requests end."""
+        """Forget the script: be honest, let hanging requests end, show what was late."""
         with self._lock:
             self._rules.clear()
+            for kept in self._kept.values():
+                kept.hidden = 0
             self._healed.set()
             self._healed = threading.Event()
 
