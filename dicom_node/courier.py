@@ -93,6 +93,8 @@ class Courier:
         Most reports on one association.
     poll_s
         How often the queue is looked at.
+    rest_s
+        Shortest time between two looks, whatever the news: a busy sender makes some with each instance.
     heartbeat_s
         How often the leases of a batch are renewed while it is under way; a third of the queue's lease.
     wait
@@ -113,6 +115,7 @@ class Courier:
         lanes_at_once: int = 8,
         batch: int = 32,
         poll_s: float = 0.5,
+        rest_s: float = 0.1,
         heartbeat_s: float = 20.0,
         owner: str = "courier",
         wait: Callable[[float], object] | None = None,
@@ -127,6 +130,7 @@ class Courier:
         self._lanes_at_once = lanes_at_once
         self._batch = batch
         self._poll_s = poll_s
+        self._rest_s = rest_s
         self._heartbeat_s = heartbeat_s
         self._owner = owner
         self._wait = wait
@@ -145,6 +149,7 @@ class Courier:
                     if lane not in busy and len(busy) < self._lanes_at_once:
                         served[lane] = time.monotonic()
                         busy[lane] = pool.submit(self._serve, *lane, stop)
+                stop.wait(self._rest_s)
                 wait(self._poll_s)
 
     def deliver(self, lane: str) -> int:
@@ -156,7 +161,8 @@ class Courier:
         with Leases(self._queue, jobs, self._heartbeat_s) as leases, ExitStack() as opened:
             if peer is None:
                 for job in jobs:
-                    reason = f"the configuration names no peer {lane}; add a [[peers]] entry of that name, or drop the job"
+                    command = f"`dicom-node peers add {lane} --ae-title TITLE --host HOST --port PORT`"
+                    reason = f"no peer is called {lane} now; add it: {command}, or as [[peers]] of the configuration"
                     self._failed(leases, job, PeerUnreachable(reason))
                 return len(jobs)
             parcels = [parcel for job in jobs if (parcel := self._open(leases, job, opened)) is not None]

@@ -8,7 +8,6 @@ names them. A crash in between leaves an object without a row, never a row witho
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,7 +24,7 @@ from storage.erasure import Erasure
 from storage.errors import ColdObject, ConflictingInstance, InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.holds import Holds
-from storage.intake import Intake
+from storage.intake import Intake, Vessel
 from storage.landing import Landing
 from storage.nodes import lost_with
 from storage.orphans import Orphans
@@ -196,8 +195,9 @@ class Archive:
         transfer_syntax_uid: str,
         announced: Announced | None = None,
         limits: Limits | None = None,
+        vessel: Vessel | None = None,
     ) -> Intake:
-        """Begin to take an instance in.
+        """Begin to take an instance in; into a `vessel` that was made before, which is used up, or a new one.
 
         Raises
         ------
@@ -207,15 +207,31 @@ class Archive:
             The landing disk is full or has failed, or `require_room` says so. The latter leaves no audit record, or who sends again and
             again would fill the trail that has no room.
         """
-        self._require_room()
+        try:
+            self._require_room()
+        except BaseException:
+            if vessel is not None:
+                vessel.discard()
+            raise
         return self._intake(
             origin,
+            vessel=vessel,
             role="source",
             transfer_syntax_uid=transfer_syntax_uid,
             announced=announced or Announced(),
             limits=limits or self._limits,
             accept_sop_class=self._accept_sop_class,
         )
+
+    def vessel(self) -> Vessel:
+        """Make what the next instance can be taken into, while nobody waits for it.
+
+        Raises
+        ------
+        Unavailable
+            The landing disk is full or has failed.
+        """
+        return Vessel(self._landing, self._segments)
 
     def _intake(
         self,
@@ -227,17 +243,26 @@ class Archive:
         limits: Limits,
         accept_sop_class: Callable[[str], bool],
         report: Mapping[str, Any] | None = None,
+        vessel: Vessel | None = None,
     ) -> Intake:
+        def usable() -> Vessel:
+            if vessel is None:
+                return self.vessel()
+            try:
+                self._landing.check()
+            except BaseException:
+                vessel.discard()
+                raise
+            return vessel
+
         return Intake(
             origin=origin,
             role=role,
             transfer_syntax_uid=transfer_syntax_uid,
             announced=announced,
             limits=limits,
-            object_key=secrets.token_hex(16),
             study_keys=self._study_keys,
-            landing=self._landing,
-            segments=self._segments,
+            vessel=usable,
             accept_sop_class=accept_sop_class,
             report=report,
             admit=self._admission.admit,

@@ -6,6 +6,7 @@ OPEN takes bytes, COMMITTED gave its receipt, CLOSED was refused or given up; th
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import StrEnum
@@ -36,11 +37,40 @@ class IntakeState(StrEnum):
     CLOSED = "closed"
 
 
+class Vessel:
+    """What the next instance is taken into: a landing file, and the sealer that writes to it. Made before anything is known of it.
+
+    Parameters
+    ----------
+    landing, segments
+        Where the file is made, and memory for the sealer.
+
+    Raises
+    ------
+    Unavailable
+        The disk takes nothing.
+    """
+
+    __slots__ = ("file", "sealer")
+
+    def __init__(self, landing: Landing, segments: Segments) -> None:
+        self.file = landing.create()
+        try:
+            self.sealer = Sealer(secrets.token_hex(16), self.file.write, segments)
+        except BaseException:
+            self.file.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove it; for one that was not used."""
+        self.file.discard()
+
+
 class Intake:
     """Takes the data set bytes of one instance, chunk by chunk. Made by ``Archive.receive``; usable from one thread at a time.
 
     A context manager: leaving it without ``commit`` gives the instance up. After any error the intake is closed and its landing
-    file is gone.
+    file is gone; after ``commit`` it goes with ``settle``, or on leaving.
     """
 
     def __init__(
@@ -51,10 +81,8 @@ class Intake:
         transfer_syntax_uid: str,
         announced: Announced,
         limits: Limits,
-        object_key: str,
         study_keys: StudyKeys,
-        landing: Landing,
-        segments: Segments,
+        vessel: Callable[[], Vessel],
         accept_sop_class: Callable[[str], bool],
         report: Mapping[str, Any] | None,
         admit: Callable[[InstanceRecord, LandingFile, StudyKey], Receipt],
@@ -72,21 +100,17 @@ class Intake:
         self._reach = reach
         self._state = IntakeState.OPEN
         self._touched = False
+        made: Vessel | None = None
         try:
+            made = vessel()
             self._scanner = DataSetScanner(transfer_syntax_uid, limits)
-            self._file = landing.create()
         except StorageError as error:
             self._state = IntakeState.CLOSED
+            if made is not None:
+                made.discard()
             refused(origin, announced, error)
             raise
-        try:
-            self._sealer = Sealer(object_key, self._file.write, segments)
-        except StorageError as error:
-            self._close(error)
-            raise
-        except BaseException:
-            self._file.discard()
-            raise
+        self._file, self._sealer = made.file, made.sealer
         reach("intake.opened")
 
     @property
@@ -146,9 +170,13 @@ class Intake:
             self.abort()
             raise
         self._state = IntakeState.COMMITTED
-        self._file.discard()
         self._reach("receipt.ready")
         return receipt
+
+    def settle(self) -> None:
+        """Remove what the store did not take of the landing file of an instance that was committed; nothing else. It can wait."""
+        if self._state is IntakeState.COMMITTED:
+            self._file.discard()
 
     def seal(self) -> tuple[InstanceRecord, StudyKey]:
         """End the data set and seal it under its study's key; the first half of `commit`."""
@@ -177,6 +205,7 @@ class Intake:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.abort()
+        self.settle()
 
     def _require_open(self) -> None:
         if self._state is not IntakeState.OPEN:

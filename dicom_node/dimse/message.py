@@ -217,6 +217,9 @@ class StoreOperation(Protocol):
     def finish(self) -> tuple[int, str]:
         """Make it durable. Returns Status (0000,0900) and Error Comment (0000,0902)."""
 
+    def settle(self) -> None:
+        """Do what can wait until the peer has its answer. Called once after `finish`."""
+
     def abort(self) -> None:
         """Leave nothing behind."""
 
@@ -346,7 +349,10 @@ class MessageReader:
         status, error_comment = operation.finish()
         self._operation = None
         self._end_message()
-        self._answer(context_id, store_response(request, status, error_comment))
+        try:
+            self._answer(context_id, store_response(request, status, error_comment))
+        finally:
+            operation.settle()
 
     def _end_message(self) -> None:
         self._context_id = 0

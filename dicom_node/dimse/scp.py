@@ -50,6 +50,7 @@ from storage.refusals import Diary, NoDiary
 if TYPE_CHECKING:
     from dicom_node.dimse.services import Service
     from storage.archive import Archive, Intake
+    from storage.intake import Vessel
 
 log = structlog.get_logger(__name__)
 
@@ -405,6 +406,10 @@ class StorageSCP:
                 answers[str(abstract_syntax)] = service.negotiated(str(abstract_syntax), information)
         return {abstract_syntax: information for abstract_syntax, information in answers.items() if information}
 
+    def vessels(self) -> Vessels:
+        """Make the place for the vessel of an association's next instance."""
+        return Vessels(self._archive)
+
     def begin_store(self, association: AcceptedAssociation, context: PresentationContext, request: StoreRequest) -> StoreReception:
         """Open the intake for a C-STORE-RQ."""
         return StoreReception(
@@ -415,6 +420,7 @@ class StorageSCP:
             request=request,
             message_bytes=self._message_bytes,
             permitted=association.peer is None or association.peer.accept,
+            vessels=association.vessels,
             words=self.words,
             observe=self.observe,
         )
@@ -609,6 +615,7 @@ class AcceptedAssociation(Association):
         self.principal: Principal | None = None
         """Who identified; None: nobody did, or it was not looked at."""
         self.address = normal_address(str(address[0]))
+        self.vessels = door.vessels()
         self._connection = connection
         self._certificate = connection.certificate if isinstance(connection, TlsConnection) else None
         self.acse = AdmittingACSE(self)
@@ -663,6 +670,7 @@ class AcceptedAssociation(Association):
             self.dul.kill_dul()
             with contextlib.suppress(RuntimeError):  # it was never started: no more threads
                 self.dul.join()
+            self.vessels.close()
             self._connection.close()  # the library leaves it open when the peer was the first to go
             self.door.ended(self)
 
@@ -710,6 +718,36 @@ class AcceptedAssociation(Association):
         )
 
 
+class Vessels:
+    """The vessel of an association's next instance, made while nobody waits for it. For one thread.
+
+    Parameters
+    ----------
+    archive
+        Whose landing folder it lies in.
+    """
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._ready: Vessel | None = None
+
+    def fill(self) -> None:
+        """Have one ready; none when the disk takes nothing, which the next instance will be told."""
+        if self._ready is None:
+            with contextlib.suppress(StorageError):
+                self._ready = self._archive.vessel()
+
+    def take(self) -> Vessel | None:
+        """Give the one that is ready, if there is one."""
+        ready, self._ready = self._ready, None
+        return ready
+
+    def close(self) -> None:
+        """Remove the one that nobody took."""
+        if (ready := self.take()) is not None:
+            ready.discard()
+
+
 class StoreReception:
     """One C-STORE operation: data set fragments in, a status out. Implements `dicom_node.dimse.message.StoreOperation`.
 
@@ -726,10 +764,12 @@ class StoreReception:
         request: StoreRequest,
         message_bytes: int,
         permitted: bool,
+        vessels: Vessels,
         words: Words,
         observe: Callable[..., None],
     ) -> None:
         self._observe = observe
+        self._vessels = vessels
         self._words = words
         self._origin = origin
         self._peer = origin.peer
@@ -738,6 +778,7 @@ class StoreReception:
         self._began = time.monotonic()
         self._failure: tuple[int, str] | None = None
         self._intake: Intake | None = None
+        self._committed: Intake | None = None
         if not permitted:
             self._failure = (NOT_AUTHORISED, "this peer may not store here (accept = false)")
         elif not request.has_data_set:
@@ -749,7 +790,7 @@ class StoreReception:
         else:
             announced = Announced(sop_class_uid=request.sop_class_uid, sop_instance_uid=request.sop_instance_uid)
             with self._failing():
-                self._intake = archive.receive(origin, transfer_syntax_uid=transfer_syntax_uid, announced=announced)
+                self._intake = archive.receive(origin, transfer_syntax_uid=transfer_syntax_uid, announced=announced, vessel=vessels.take())
 
     def write(self, fragment: memoryview) -> None:
         """Stream on a fragment.
@@ -771,7 +812,7 @@ class StoreReception:
         if self._intake is not None:
             with self._failing():
                 receipt = self._intake.commit()
-                self._intake = None
+                self._committed, self._intake = self._intake, None
                 self._observe(
                     "instance.received",
                     peer=self._peer,
@@ -785,6 +826,12 @@ class StoreReception:
         self._observe("instance.refused", peer=self._peer, status=status)
         self._words.instance(status, reason, self._origin)
         return status, reason
+
+    def settle(self) -> None:
+        """Tidy up, and prepare for the next instance, while the peer deals with the answer."""
+        if self._committed is not None:
+            self._committed.settle()
+            self._vessels.fill()
 
     def abort(self) -> None:
         """Drop what arrived: the association ended within the data set."""

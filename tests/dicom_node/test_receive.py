@@ -31,7 +31,7 @@ class Collected:
     def __init__(self, context_id: int, request: StoreRequest) -> None:
         self.context_id, self.request = context_id, request
         self.data = bytearray()
-        self.finished = self.aborted = False
+        self.finished = self.settled = self.aborted = False
 
     def write(self, fragment: memoryview) -> None:
         self.data += fragment
@@ -39,6 +39,10 @@ class Collected:
     def finish(self) -> tuple[int, str]:
         self.finished = True
         return 0, ""
+
+    def settle(self) -> None:
+        assert self.finished
+        self.settled = True
 
     def abort(self) -> None:
         self.aborted = True
@@ -109,6 +113,7 @@ def test_every_cut_gives_the_same_data_set(data: bytes, command_places: list[int
     (operation,) = reading.stores
     assert bytes(operation.data) == data
     assert operation.finished
+    assert operation.settled
     assert operation.request == StoreRequest(1, "1.2.3", "1.2.3.4", has_data_set=True)
     ((context_id, answer),) = reading.answers
     assert (context_id, answer[message.STATUS], answer[message.COMMAND_FIELD]) == (3, b"\0\0", b"\x01\x80")

@@ -94,6 +94,38 @@ def test_chunking_does_not_matter(house: House, step: int) -> None:
     assert house.read(sample.sop_instance_uid) == sample.data_set
 
 
+def test_into_a_vessel_made_before(house: House) -> None:
+    """An instance is taken into what was made while nobody waited; after commit and settle nothing of it is left in the landing folder."""
+    sample, vessel = photograph(), house.archive.vessel()
+    assert house.landing_files() == [vessel.file.path]
+    intake = house.archive.receive(origin_of(), transfer_syntax_uid=sample.transfer_syntax_uid, vessel=vessel)
+    assert len(house.landing_files()) == 1
+    intake.write(sample.data_set)
+    intake.commit()
+    intake.settle()
+    assert house.landing_files() == []
+    assert house.read(sample.sop_instance_uid) == sample.data_set
+
+
+@pytest.mark.parametrize("why", ["transfer syntax", "no room", "disk"])
+def test_the_vessel_of_who_is_refused_is_gone(houses: Build, why: str) -> None:
+    """A vessel is used up by whoever it is given to, also when nothing is taken in."""
+
+    def no_room() -> None:
+        if why == "no room":
+            raise Unavailable("no room")
+
+    house = houses(require_room=no_room)
+    vessel = house.archive.vessel()
+    if why == "disk":
+        house.archive._landing._min_free_bytes = 1 << 62
+    with pytest.raises((UnsupportedInstance, Unavailable)):
+        house.archive.receive(
+            origin_of(), transfer_syntax_uid="1.2.3" if why == "transfer syntax" else photograph().transfer_syntax_uid, vessel=vessel
+        )
+    assert house.landing_files() == []
+
+
 def test_failpoints_are_reached_in_order(houses: Build) -> None:
     """Every step that a fault test may stop at is announced, in the order of the durable path."""
     reached: list[str] = []
