@@ -29,12 +29,14 @@ _SCU = "tests/dicom_node/test_scu.py::"
 _COURIER = "tests/dicom_node/test_courier.py::"
 _COMMITMENT = "tests/dicom_node/test_courier_commitment.py::"
 _SECURITY = "tests/dicom_node/test_security.py::"
+_SINK = "tests/dicom_node/test_audit_sink.py::"
 _WORKER = "tests/inference/test_worker.py::"
 _KILLS = "tests/system/test_kills.py::"
 _NODE = "tests/system/test_node.py::"
 _LOG = "tests/system/test_log.py::"
 _LOG_PIPE = "tests/dicom_node/test_log_pipe.py::"
 _DEVICE = "tests/system/test_device.py::"
+_UPGRADE = "tests/system/test_upgrade.py::"
 _STOW = "tests/dicomweb/test_stow.py::"
 
 ACK_BEFORE_COMMIT = _SCHEDULES + "test_a_dishonest_node_is_found_out"
@@ -584,17 +586,32 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
     ),
     Fault(
         48,
-        "audit disk full, killed in mid-record",
+        "audit sink away for a day, audit disk full, killed in mid-record",
         "P6",
         (
+            _SINK + "test_the_sink_is_away_and_comes_back",
+            _SINK + "test_killed_in_mid_record",
+            _SINK + "test_what_was_not_confirmed_is_sent_again",
+            _SINK + "test_who_takes_nothing_holds_nothing_up",
+            "tests/system/test_audit_elsewhere.py::test_away_then_too_much_then_back",
             _DISKS + "test_a_full_disk_of_the_database_refuses_and_recovers_alone",
             "tests/storage/test_audit.py::test_an_event_lives_and_dies_with_its_transaction",
             _ARCHIVE + "test_refusal_stands_when_it_cannot_be_recorded",
         ),
-        "tests/storage/test_audit.py::test_every_tampering_is_named",
-        "an audit sink elsewhere (syslog) comes with issue 4",
+        _SINK + "test_control_who_believes_that_sent_is_taken_loses_records",
+        "seconds instead of a day: the trail is the queue, nothing depends on the length",
     ),
-    Fault(49, "audit syslog peer has a wrong certificate", "P6", (), missing="no syslog sink yet (issue 4)"),
+    Fault(
+        49,
+        "audit syslog peer has a wrong certificate",
+        "P6",
+        (
+            _SINK + "test_a_wrong_certificate_gets_nothing",
+            _SINK + "test_a_certificate_of_ours_where_one_is_asked_for",
+            _SINK + "test_no_canary_is_readable_on_the_wire",
+        ),
+        _SINK + "test_control_who_does_not_verify_sends_to_anybody",
+    ),
     Fault(
         50,
         "two nodes on one folder or database by mistake",
@@ -607,7 +624,17 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
         ),
         _CHECKER + "test_a_doctored_state_is_caught",
     ),
-    Fault(51, "upgrade N to N+1 to N with items in flight", "P1 P7", (), missing="there is no released version before this one"),
+    Fault(
+        51,
+        "upgrade N to N+1 to N with items in flight",
+        "P1 P7",
+        (
+            _UPGRADE + "test_an_upgrade_with_work_under_way",
+            _UPGRADE + "test_the_older_version_refuses_and_changes_nothing",
+        ),
+        _UPGRADE + "test_control_a_schema_that_is_neither_is_found_out",
+        "the older schema by its own migrations: there is no released program before this one",
+    ),
     Fault(
         52,
         "long soak: threads, descriptors, memory, files",
