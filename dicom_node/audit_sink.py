@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import structlog
 
 from dicom_node.audit_message import AuditSource, framed
+from dicom_node.errors import StartError
 from dicom_node.tls_faults import handshake_fault
 from storage.audit_outbox import SINK, AuditOutbox
 from storage.changes import Subscriber, Subscribers
@@ -56,6 +57,7 @@ log = structlog.get_logger(__name__)
 _CHUNK = 16_384  # one TLS record
 _LOOK_S = 0.25  # how soon it is seen that we are to stop
 _TOGETHER_S = 0.2  # what is recorded within this time goes together
+_FILES_S = 30.0
 _LAST_S = 5.0  # for what is under way when we are to stop
 
 
@@ -499,32 +501,16 @@ def sending(
     observe: Callable[..., None] = unobserved,
 ) -> Iterator[None]:
     """Send meanwhile, in a thread, if the configuration names a repository; sets `stop` should that end by a fault."""
-    repository = repository_of(settings)
-    if repository is None:
+    if not settings.audit.syslog_host:
         yield
         return
-    source = AuditSource(
-        source_id=settings.audit.source_id or settings.dimse.ae_title,
-        ae_title=settings.dimse.ae_title,
-        host=socket.gethostname(),
-        site=settings.audit.site,
-    )
-    sink = AuditSink(
-        database=parts.database,
-        audit=parts.audit,
-        outbox=parts.outbox,
-        repository=repository,
-        source=source,
-        holder=holder,
-        from_beginning=settings.audit.from_beginning,
-        reach=reach,
-        observe=observe,
-    )
     faults: list[BaseException] = []
 
     def run() -> None:
         try:
-            sink.run(stop)
+            repository = _usable(settings, stop)
+            if repository is not None:
+                _sink_of(settings, parts, repository, holder=holder, reach=reach, observe=observe).run(stop)
         except BaseException as error:  # noqa: BLE001 - raised again below, where the process ends by it
             faults.append(error)
             stop.set()
@@ -538,3 +524,42 @@ def sending(
         thread.join(_LAST_S + 2.0)  # a name server that hangs must not keep the process from stopping
     if faults:
         raise faults[0]
+
+
+def _usable(settings: Settings, stop: threading.Event) -> Repository | None:
+    """Return the repository as soon as our certificate files can be used: the process has other work that must not wait for them."""
+    while not stop.is_set():
+        try:
+            return repository_of(settings)
+        except StartError as error:
+            log.error("audit_sink.files_unusable", reason=f"{error}. Until then no audit record is sent")  # noqa: TRY400 - the fault is the file's
+        stop.wait(_FILES_S)
+    return None
+
+
+def _sink_of(
+    settings: Settings,
+    parts: Storehouse,
+    repository: Repository,
+    *,
+    holder: str,
+    reach: Callable[[str], None],
+    observe: Callable[..., None],
+) -> AuditSink:
+    source = AuditSource(
+        source_id=settings.audit.source_id or settings.dimse.ae_title,
+        ae_title=settings.dimse.ae_title,
+        host=socket.gethostname(),
+        site=settings.audit.site,
+    )
+    return AuditSink(
+        database=parts.database,
+        audit=parts.audit,
+        outbox=parts.outbox,
+        repository=repository,
+        source=source,
+        holder=holder,
+        from_beginning=settings.audit.from_beginning,
+        reach=reach,
+        observe=observe,
+    )
