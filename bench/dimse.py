@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bench.data_sets import PER_STUDY, Pattern
 from bench.receivers import DEFAULTS, PROMPT, Receiver, orthanc, program, script, storescp
-from bench.services import in_memory, load
+from bench.services import in_memory, load, s3_service
 from tests.system.running_node import running_node
 
 COUNTS = {"tiny": 1200, "small": 240, "jpeg": 120, "raw": 8}
@@ -62,14 +63,21 @@ SETTINGS = (
     Setting("RAM disk, 1 association, by storescu", contenders=("node", "node, TLS"), base="node"),
     Setting("RAM disk, 4 associations", associations=4),
     Setting("disk, 1 association", memory=False),
+    Setting(
+        "RAM disk, 8 associations, what lies behind",
+        associations=8,
+        contenders=("node", "node, S3 land", "node, S3 archive"),
+        kinds=("tiny", "small", "jpeg"),
+        base="node",
+    ),
 )
 SHORT = (Setting("RAM disk, 1 association", kinds=("tiny", "jpeg"), share=0.1),)
 
 
 @contextmanager
-def node(folder: Path, *, tls: bool = False) -> Iterator[Receiver]:
+def node(folder: Path, *, tls: bool = False, environ: Mapping[str, str] = MappingProxyType({})) -> Iterator[Receiver]:
     """Run the node with all its processes but those that analyse."""
-    environ = {"DICOM_NODE_INFERENCE__ENABLED": "false"}
+    environ = {"DICOM_NODE_INFERENCE__ENABLED": "false", **environ}
     if tls:
         environ |= {
             "DICOM_NODE_TLS__ENABLED": "true",
@@ -87,11 +95,30 @@ def node(folder: Path, *, tls: bool = False) -> Iterator[Receiver]:
         yield Receiver("node", "DERM_NODE", running.dimse_port, running.process.pid)
 
 
+@contextmanager
+def node_before_s3(folder: Path, *, policy: str) -> Iterator[Receiver]:
+    """Run the node with an S3 service behind it, on this machine."""
+    (folder / "s3" / "dicom").mkdir(parents=True)
+    with s3_service(folder / "s3") as endpoint:
+        environ = {
+            "DICOM_NODE_ARCHIVE__STORE": "s3",
+            "DICOM_NODE_ARCHIVE__ACKNOWLEDGE": policy,
+            "DICOM_NODE_ARCHIVE__BUCKET": "dicom",
+            "DICOM_NODE_ARCHIVE__ENDPOINT_URL": endpoint,
+            "DICOM_NODE_ARCHIVE__REGION": "us-east-1",
+            **{name: value for name, value in os.environ.items() if name.startswith("AWS_")},
+        }
+        with node(folder / "node", environ=environ) as receiver:
+            yield receiver
+
+
 def contenders(names: Sequence[str], environ: Mapping[str, str]) -> dict[str, Callable[[Path], AbstractContextManager[Receiver]]]:
     """Return how to start those that are here; who is missing is named."""
     known: dict[str, Callable[[Path], AbstractContextManager[Receiver]]] = {
         "node": node,
         "node, TLS": partial(node, tls=True),
+        "node, S3 land": partial(node_before_s3, policy="land"),
+        "node, S3 archive": partial(node_before_s3, policy="archive"),
         "Orthanc": partial(orthanc, environ=environ),
         "storescp": partial(storescp, environ=environ),
         "pynetdicom": partial(script, "pynetdicom"),
@@ -162,7 +189,7 @@ def measured(setting: Setting, rounds: int, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         files = stack.enter_context(in_memory(wanted=True))
         receivers = {
-            name: stack.enter_context(begin(folder / name.replace(", ", "-")))
+            name: stack.enter_context(begin(folder / name.replace(", ", "-").replace(" ", "-")))
             for name, begin in contenders(setting.contenders, setting.environ).items()
         }
 
