@@ -22,6 +22,7 @@ from dicom_node.doctor import doctor
 from dicom_node.errors import StartError
 from storage.records import AuditEvent, JobKind
 
+_MARKS = {True: ("ok", "green"), False: ("no", "bold red"), None: ("-", "yellow")}
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
                   help="A DICOM node for dermatology: archives encrypted, analyses, answers with Structured Reports.")  # fmt: skip
 app.add_typer(keys_app, name="keys")
@@ -77,9 +78,9 @@ def check(config_file: ConfigOption = None) -> None:
         settings = settings_of(config_file)
         failed = 0
         for finding in findings(settings):
-            mark, style = ("ok", "green") if finding.passed else ("no", "bold red")
+            mark, style = _MARKS[finding.passed]
             out.print(Text(f"{mark:>3}  ", style=style) + Text(f"{finding.subject}: ", style="bold") + Text(runnable(finding.text)))
-            failed += not finding.passed
+            failed += finding.passed is False
         if failed:
             raise fail(f"{failed} of the checks failed; the lines marked 'no' say what to do")
 
@@ -187,7 +188,7 @@ def trace(
 @app.command()
 def requeue(
     job_ids: Annotated[list[int] | None, typer.Argument(help="Numbers of jobs, as trace shows them.", show_default=False)] = None,
-    dead: Annotated[str | None, typer.Option("--dead", help="All dead jobs of a kind: analyse or deliver.", show_default=False)] = None,
+    dead: Annotated[str | None, typer.Option("--dead", help="All dead jobs: analyse, deliver or archive.", show_default=False)] = None,
     config_file: ConfigOption = None,
 ) -> None:
     """Let dead or finished jobs run again. A repeated analysis writes the same reports, under the same UIDs."""
@@ -197,7 +198,7 @@ def requeue(
         if dead is not None and dead not in set(JobKind):
             raise fail(f"--dead {dead}: use {' or '.join(JobKind)}")
         if not job_ids and dead is None:
-            raise fail("name job numbers, or --dead analyse, or --dead deliver")
+            raise fail(f"name job numbers, or --dead {', --dead '.join(JobKind)}")
         for job_id in job_ids or []:
             parts.queue.requeue(job_id)
         count = len(job_ids or []) + (parts.queue.requeue_dead(JobKind(dead)) if dead is not None else 0)
@@ -218,7 +219,8 @@ def verify(config_file: ConfigOption = None) -> None:
             typer.echo(line)
         if not report.intact:
             raise fail(
-                "the archive is not intact; the lines above name each object. Keep the data, restore the objects from a copy, verify again"
+                "the archive is not intact; the lines above name each object, and what was lost with its node, which is to be sent again. "
+                "Keep the data, restore what is gone or damaged from a copy, verify again"
             )
 
 

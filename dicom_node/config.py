@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, field_validator, model_validator
 
 from dicom_node import config_faults
-from dicom_node.peers import Peer
+from dicom_node.peers import NAME, RESERVED_NAMES, Peer
 from dicom_node.peers import faults as peer_faults
 
 _LISTS = frozenset({"peers", "routes", "webhooks"})
@@ -69,7 +69,12 @@ class DimseSection(Section):
 
     enabled: bool = Field(default=True, description="Listen for DICOM associations.")
     ae_title: AETitle = Field("DERM_NODE", description="Our AE title; associations called otherwise are rejected.")
-    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback needs at least one peer.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback needs a peer, see without_peers.")
+    without_peers: Literal["refuse", "listen"] = Field(
+        "refuse",
+        description="Beyond loopback, when no [[peers]] entry may store: refuse to start, or listen and reject whoever was not added "
+        "with `dicom-node peers add`.",
+    )
     port: Port = Field(11112, description="TCP port.")
     processes: int = Field(1, ge=1, le=32, description="Receiving processes; they share the port.")
     maximum_associations: int = Field(
@@ -363,7 +368,7 @@ class RouteSection(Section):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
     from_: str = Field("*", alias="from", description="Name of the sending peer; dicomweb for the HTTP door; * for any.")
-    to: tuple[str, ...] = Field(description="Names of peers.")
+    to: tuple[str, ...] = Field(description="Names of peers, of the configuration or added; what is for one that is not there yet waits.")
 
 
 class WebhookSection(Section):
@@ -437,10 +442,11 @@ def _incoherences(settings: Settings) -> list[str]:
         faults.append(f"peers: AE title {title!r} at {host!r} stands twice with accept = true; a sender must be one peer")
     faults += _tls_faults(settings)
     faults += _audit_faults(settings)
-    if settings.dimse.enabled and not is_loopback(settings.dimse.host) and not any(peer.accept for peer in settings.peers):
+    elsewhere = settings.dimse.enabled and not is_loopback(settings.dimse.host)
+    if elsewhere and settings.dimse.without_peers == "refuse" and not any(peer.accept for peer in settings.peers):
         faults.append(
-            f"dimse.host: {settings.dimse.host} is reachable from elsewhere but no peer may store; "
-            "add a [[peers]] entry for each sender, or listen on 127.0.0.1"
+            f"dimse.host: {settings.dimse.host} is reachable from elsewhere but no peer may store; add a [[peers]] entry for each sender, "
+            'or set dimse.without_peers = "listen" and use `dicom-node peers add`, or listen on 127.0.0.1'
         )
     if settings.dicomweb.enabled and not is_loopback(settings.dicomweb.host) and not settings.dicomweb.trusted_proxy:
         faults.append(
@@ -449,13 +455,13 @@ def _incoherences(settings: Settings) -> list[str]:
         )
     for index, route in enumerate(settings.routes):
         where = config_faults.entry("routes", index)
-        if route.from_ not in {"*", "dicomweb", *names}:
-            faults.append(f"{where}, from: no peer is called {route.from_!r}; known: {', '.join(names) or 'none'}, dicomweb, *")
+        if route.from_ not in {"*", "dicomweb"} and not re.fullmatch(NAME, route.from_):
+            faults.append(f"{where}, from: {route.from_!r} can be the name of no peer; name one, or dicomweb, or *")
         for target in route.to:
             peer = next((peer for peer in settings.peers if peer.name == target), None)
-            if peer is None:
-                faults.append(f"{where}, to: no peer is called {target!r}; known: {', '.join(names) or 'none'}")
-            elif not peer_of(peer).callable or not peer.port:
+            if target in RESERVED_NAMES or not re.fullmatch(NAME, target):
+                faults.append(f"{where}, to: {target!r} can be the name of no peer; name one, or several")
+            elif peer is not None and (not peer_of(peer).callable or not peer.port):
                 faults.append(f"{where}, to: peer {target!r} has no host and port to deliver to; add both")
     if settings.archive.store == "s3" and not settings.archive.bucket:
         faults.append('archive.bucket: store = "s3" needs the name of a bucket')

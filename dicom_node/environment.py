@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dicom_node.config import Settings
+from dicom_node.config import Settings, is_loopback
+from dicom_node.peers import Peer, Peers, merged
 from storage.errors import StorageError
 
 
@@ -20,7 +21,8 @@ class Finding:
     """One thing looked at."""
 
     subject: str
-    passed: bool
+    passed: bool | None
+    """None: nothing is wrong with it, but it is worth knowing."""
     text: str
 
 
@@ -40,8 +42,10 @@ def findings(settings: Settings, *, peers: bool = True) -> Iterator[Finding]:
     yield _store(settings)
     yield from _audit(settings)
     yield from _models(settings)
+    known = _known(settings)
+    yield from _routes(settings, known)
     if peers:
-        yield from _peers(settings)
+        yield from _peers(settings, known)
 
 
 def _folder(path: Path) -> Finding:
@@ -191,13 +195,44 @@ def _models(settings: Settings) -> Iterator[Finding]:
         yield Finding("inference.bundles", passed=True, text=f"{bundle.card.name} {bundle.card.version} ({bundle.digest[:12]})")
 
 
-def _peers(settings: Settings) -> Iterator[Finding]:
+def _known(settings: Settings) -> list[Peer]:
+    """Return the peers of the configuration, and those that were added where the database can be read; `_keys` says when it cannot."""
+    from dicom_node.storehouse import database_file, open_database, peers_of
+    from storage.audit import AuditTrail
+    from storage.keys import Ring
+    from storage.known_peers import KnownPeers
+
+    configured = peers_of(settings)
+    if not settings.ring_file.exists() or not (settings.database.url or database_file(settings).exists()):
+        return configured
+    try:
+        database = open_database(settings, Ring.load(settings.ring_file))
+        try:
+            added = KnownPeers(database=database, audit=AuditTrail(database=database)).all()
+        finally:
+            database.close()
+    except StorageError:
+        return configured
+    return list(merged(configured, added)[0].values())
+
+
+def _routes(settings: Settings, known: list[Peer]) -> Iterator[Finding]:
+    from dicom_node.routes import ABSENT, Route, Routing
+
+    routing = Routing(peers=Peers(known), routes=[Route(route.from_, route.to) for route in settings.routes])
+    for name in routing.nobodys():
+        yield Finding("routes", passed=None, text=ABSENT.format(name=name))
+
+
+def _peers(settings: Settings, known: list[Peer]) -> Iterator[Finding]:
     from dicom_node.dimse.scu import StorageSCU
     from dicom_node.errors import DeliveryError
-    from dicom_node.storehouse import client_tls, peers_of
+    from dicom_node.storehouse import client_tls
 
+    if settings.dimse.enabled and not is_loopback(settings.dimse.host) and not any(peer.accept for peer in known):
+        yield Finding("peers", passed=None, text="nobody may store: every caller is rejected; `dicom-node peers add` changes that")
     scu = StorageSCU(ae_title=settings.dimse.ae_title, connect_s=5.0, answer_s=5.0, tls=client_tls(settings))
-    for peer in peers_of(settings):
+    for peer in known:
         if not peer.callable or not peer.port:
             yield Finding(f"peer {peer.name}", passed=True, text=f"{peer.ae_title} may call; it is never called: it has no host and port")
             continue

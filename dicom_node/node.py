@@ -28,7 +28,7 @@ from dicom_node.errors import StartError
 from dicom_node.health import served
 from dicom_node.observability import Metrics, configure_logging, forget_process, lines_dropped_of_parent, prepare_metrics, say
 from dicom_node.peers import Peers
-from dicom_node.routes import Route, Routing
+from dicom_node.routes import ABSENT, Route, Routing
 from dicom_node.storehouse import (
     Storehouse,
     client_tls,
@@ -571,4 +571,7 @@ def node_identity(parts: Storehouse) -> tuple[NodeIdentity, str]:
 
 def routing(settings: Settings, peers: Peers) -> Routing:
     """Make the routes of the configuration."""
-    return Routing(peers=peers, routes=[Route(route.from_, route.to) for route in settings.routes])
+    made = Routing(peers=peers, routes=[Route(route.from_, route.to) for route in settings.routes])
+    for name in made.nobodys():
+        log.warning("route.nobody", peer=name, reason=ABSENT.format(name=name))
+    return made

@@ -29,7 +29,7 @@ REPORT_KINDS: Final = ("sr", "seg")
 
 # PS3.5 Section 6.2, VR AE: no backslash, no control characters, not only spaces; spaces at the ends mean nothing, and are not taken.
 _AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,62}))*\.?")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -178,7 +178,7 @@ class HostNames:
 def faults(peer: Peer) -> list[tuple[str, str]]:
     """Return what is wrong with a peer by itself: setting, and what it must be."""
     found = []
-    if not _NAME.fullmatch(peer.name):
+    if not NAME.fullmatch(peer.name):
         found.append(("name", "use letters, digits, full stop, hyphen and underscore, at most 64, beginning with a letter or digit"))
     elif peer.name in RESERVED_NAMES:
         found.append(("name", f"the name {peer.name!r} is reserved; choose another"))

@@ -111,7 +111,7 @@ def _job(job: Told) -> Iterator[str]:
     if job["reason"]:
         yield f"      last attempt: {job['reason']}"
     if job["state"] == "dead":
-        yield f"      again with: `dicom-node requeue {job['id']}`"
+        yield f"      again {_again(job)}"
     for name, version in dict(result.get("models", {})).items():
         short, _, digest = str(version).partition(" sha256:")
         yield f"      model {name} {short} ({digest[:12]})"
@@ -127,7 +127,14 @@ def _delivery(job: Told) -> str:
         text += f", again at {_moment(job['available_at'])}"
     if job["reason"]:
         text += f": {job['reason']}"
-    return text + (f"; again with: `dicom-node requeue {job['id']}`" if job["state"] == "dead" else "")
+    return text + (f"; again {_again(job)}" if job["state"] == "dead" else "")
+
+
+def _again(job: Told) -> str:
+    """Say how a dead job runs again; what was lost with a node cannot, whatever the operator says."""
+    if dict(job["result"]).get("outcome") == "lost":
+        return "when the instance is sent again: its object was lost with its node"
+    return f"with: `dicom-node requeue {job['id']}`"
 
 
 def _received(received: Told) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger, Column, Row, Table, Text, bindparam, delete, func, insert, select
+from sqlalchemy import BigInteger, Column, Row, Table, Text, bindparam, delete, func, insert, select, update
 
 from storage.database import METADATA, from_micros, to_micros
 from storage.records import AuditEvent, JobKind, JobState
@@ -32,6 +32,12 @@ KNOWN_PEERS = Table(
     Column("added_by", Text, nullable=False),
 )
 _ALL = select(KNOWN_PEERS).order_by(KNOWN_PEERS.c.added_at, KNOWN_PEERS.c.name)
+_HURRY = (
+    update(JOBS)
+    .where(JOBS.c.kind == JobKind.DELIVER.value, JOBS.c.lane == bindparam("peer"), JOBS.c.state == JobState.READY.value)
+    .values(due_at=bindparam("now"))
+)
+"""What waits for a peer that was not there is tried at once."""
 _WAITING = select(func.count()).where(
     JOBS.c.kind == JobKind.DELIVER.value,
     JOBS.c.lane == bindparam("lane"),
@@ -95,6 +101,7 @@ class KnownPeers:
             check(_all(connection))  # behind the audit trail's lock, which orders those who add at the same time
             text = json.dumps(dict(settings), sort_keys=True)
             connection.execute(insert(KNOWN_PEERS).inline(), {"name": name, "settings": text, "added_at": moment, "added_by": actor})
+            connection.execute(_HURRY, {"peer": name, "now": moment})
 
         self._database.write(work)
 

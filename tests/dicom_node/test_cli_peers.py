@@ -19,6 +19,7 @@ from dicom_node import node, storehouse
 from dicom_node.cli_peers import peers_app, refusals
 from dicom_node.config import load
 from dicom_node.dimse.scp import StorageSCP
+from dicom_node.environment import findings
 from dicom_node.peers import Peers
 from storage.audit import AuditTrail
 from storage.known_peers import KnownPeers
@@ -196,3 +197,25 @@ def test_refusals_are_shown(site: Site) -> None:
     assert [one["kind"] for one in json.loads(site.run("refusals --json --limit 1").stdout)] == ["instance"]
     assert "0xC000" in site.run("peers show pacs").stdout
     assert json.loads(site.run("peers list --json").stdout)[0]["last_refused"] is not None
+
+
+def test_check_knows_the_added_peers(tmp_path: Path) -> None:
+    """`dicom-node check` calls those that were added too; it says which routes name nobody yet, and when nobody may store."""
+    toml = (
+        f'[dimse]\nhost = "0.0.0.0"\nwithout_peers = "listen"\nport = {free_port()}\n'
+        '[dicomweb]\nenabled = false\n[admin]\nenabled = false\n[inference]\nenabled = false\n[[routes]]\nto = ["later"]\n'
+    )
+    site = Site(tmp_path, toml)
+
+    def told() -> dict[str, tuple[bool | None, str]]:
+        return {one.subject: (one.passed, one.text) for one in findings(site.settings)}
+
+    before = told()
+    assert before["routes"][0] is None
+    assert "`dicom-node peers add later" in before["routes"][1]
+    assert before["peers"][0] is None
+    site.run(f"peers add later --ae-title LATER --host 127.0.0.1 --port {free_port()}")
+    after = told()
+    assert after["peer later"][0] is False
+    assert "reports wait until it answers" in after["peer later"][1]
+    assert not {"routes", "peers"} & after.keys()

@@ -95,7 +95,8 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
             'the 1st [[webhooks]] ("a"), url: what is not this machine',
         ),
         ('[[webhooks]]\nname = "a"\nurl = "https://h/x"\nsecrets = ["short"]', 'the 1st [[webhooks]] ("a"), secrets:'),
-        ('[[routes]]\nto = ["nobody"]', "the 1st [[routes]], to: no peer is called 'nobody'"),
+        ('[[routes]]\nto = ["dicomweb"]', "the 1st [[routes]], to: 'dicomweb' can be the name of no peer"),
+        ('[[routes]]\nto = ["no body"]', "the 1st [[routes]], to: 'no body' can be"),
         ('[[peers]]\nname = "a"\nae_title = "A"\n[[routes]]\nto = ["a"]', "the 1st [[routes]], to: peer 'a' has no host and port"),
         ('[[peers]]\nname = "a"\nae_title = "A"\n[[peers]]\nname = "a"\nae_title = "B"', "the name 'a' stands twice"),
         ('[database]\nurl = "mysql://x"', "database.url"),
@@ -111,6 +112,13 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
 def test_incoherent_configuration_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     """Secure by default: what would listen to strangers, or promise what it cannot hold, does not start."""
     assert expected in "\n".join(faults_of(tmp_path, text))
+
+
+def test_listening_beyond_loopback_without_configured_peers(tmp_path: Path) -> None:
+    """It can be asked for: peers are then added while the node runs. Routes may name them before they are."""
+    path = tmp_path / "node.toml"
+    path.write_text('[dimse]\nhost = "0.0.0.0"\nwithout_peers = "listen"\n[[routes]]\nfrom = "camera"\nto = ["later"]')
+    assert config.load(path, {}).routes[0].to == ("later",)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_peer_that_is_configured_no_more(house: Rooms) -> None:
     one = courier(house, Peer("roaming", "R", "*"))
     one.deliver("gone")
     one.deliver("roaming")
-    assert "[[peers]]" in job_of(house, uid, "gone").reason
+    assert "`dicom-node peers add gone --ae-title TITLE --host HOST --port PORT`" in job_of(house, uid, "gone").reason
     assert "has no address" in job_of(house, uid, "roaming").reason
     assert {job.state for job in house.queue.jobs_of(uid)} == {JobState.READY}
 

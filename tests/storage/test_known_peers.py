@@ -51,6 +51,20 @@ def test_what_the_check_refuses_leaves_no_trace(database: Database) -> None:
     assert audit.head()[0] == 1
 
 
+def test_what_waited_for_a_peer_goes_at_once(database: Database) -> None:
+    """Deliveries that failed since nobody bore the name, and wait for a long time, are due when a peer of that name is added."""
+    queue = WorkQueue(database=database, delay=lambda _: 3600.0)
+    known = KnownPeers(database=database, audit=AuditTrail(database=database))
+    for lane in ("pacs", "other"):
+        database.write(lambda connection, lane=lane: queue.enqueue(connection, NewJob(JobKind.DELIVER, "1.2.3", lane=lane)))  # type: ignore[misc]
+        job = queue.claim(JobKind.DELIVER, lane=lane, owner="courier")
+        assert job is not None
+        queue.fail(job, "no peer is called so", retryable=True)
+    assert list(queue.lanes(JobKind.DELIVER)) == []
+    known.add("pacs", {"ae_title": "PACS"}, actor="ann", check=anything)
+    assert list(queue.lanes(JobKind.DELIVER)) == ["pacs"]
+
+
 def test_what_waits_for_a_peer(database: Database) -> None:
     """Reports that are to be delivered to a peer are counted, others and delivered ones are not."""
     queue = WorkQueue(database=database)

@@ -50,3 +50,18 @@ def test_what_was_never_erased_does_not_say_so(house: House) -> None:
     assert house.archive.trace(sample.study_instance_uid)["erased"] is None
     with pytest.raises(InstanceNotFound, match="ever received here"):
         house.archive.trace("1.2.3")
+
+
+def test_what_was_lost_with_a_node_is_not_to_be_requeued(house: House) -> None:
+    """A dead job can be run again by its number; one whose object was lost with a node only by sending the instance again."""
+    sample = photograph()
+    house.ingest(sample)
+    told = json.loads(json.dumps(house.archive.trace(sample.sop_instance_uid)))
+    (instance,) = told["instances"]
+    job = {"id": 7, "kind": "analyse", "state": "dead", "attempts": 3, "reason": "why", "result": {}, "finished_at": None}
+    instance["jobs"] = [job]
+    assert "      again with: `dicom-node requeue 7`" in list(lines(told))
+    instance["jobs"] = [{**job, "result": {"outcome": "lost"}}]
+    text = "\n".join(lines(told))
+    assert "requeue" not in text
+    assert "again when the instance is sent again" in text
