@@ -75,7 +75,7 @@ def storable(value: str) -> str:
 
 
 class _Ticket:
-    """A unit of work on its way through the writer thread."""
+    """A unit of work on its way to its commit."""
 
     __slots__ = ("_done", "_error", "_result", "on_commit", "ordered", "work")
 

@@ -135,7 +135,7 @@ class Index:
 
     def __init__(self, *, database: Database) -> None:
         self._database = database
-        self._known: dict[tuple[str, str], _KnownSeries] = {}  # touched by the writer thread only
+        self._known: dict[tuple[str, str], _KnownSeries] = {}  # touched in writes only, one at a time
 
     # -- filing ------------------------------------------------------------------------------------------------------------------
 
