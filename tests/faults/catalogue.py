@@ -266,8 +266,9 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
             _DISKS + "test_a_full_disk_of_the_database_refuses_and_recovers_alone",
             _SQLITE + "test_a_full_disk_fails_the_write_and_recovers",
             _LOG + "test_a_log_volume_that_is_full",
+            _DISKS + "test_a_full_disk_of_postgresql_refuses_and_recovers",
         ),
-        _DISKS + "test_control_a_disk_with_room_takes_the_same",
+        _DISKS + "test_control_postgresql_with_room_takes_the_same",
     ),
     Fault(
         20,

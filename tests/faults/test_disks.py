@@ -6,13 +6,17 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from storage.errors import StorageError, Unavailable
 from storage.objects import DirectoryStore
+from tests.postgresql_server import PostgresqlServer
 from tests.storage.house import House, build
 from tests.storage.samples import Sample, photograph
 
@@ -22,15 +26,37 @@ MIB = 1 << 20
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB in memory; mounting it needs root."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
     where = tmp_path / "disk"
     where.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", where], capture_output=True, text=True, check=False)
+    with mounted(where, "size=24m,mode=700"):
+        yield where
+
+
+@contextmanager
+def mounted(where: Path, options: str) -> Iterator[None]:
+    """Mount a file system in memory meanwhile."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", where], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no mount here: {done.stderr}")
-    yield where
-    subprocess.run(["umount", "--lazy", where], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", where], check=True)
+
+
+@pytest.fixture
+def small_postgresql() -> Iterator[tuple[PostgresqlServer, Path]]:
+    """A PostgreSQL that flushes what it writes, alone on a small disk, and that disk."""
+    where = Path(tempfile.mkdtemp(prefix="dicom-node-disk-"))  # pytest's own folders let no other user in
+    where.chmod(0o755)
+    with mounted(where, "size=160m,mode=755"):
+        server = PostgresqlServer(where / "postgresql", durable=True, settings={"max_wal_size": "64MB", "min_wal_size": "32MB"})
+        yield server, where
+        if (where / "postgresql" / "data" / "postmaster.pid").exists():
+            server.stop("immediate")
+    shutil.rmtree(where)
 
 
 def fill(disk: Path, left: int) -> Path:
@@ -113,6 +139,78 @@ def test_a_full_disk_of_the_database_refuses_and_recovers_alone(disk: Path, tmp_
     assert readable(house, samples + refused)
     assert house.actions().count("instance.received") == len(samples + refused)
     assert house.audit.verify() is None
+    house.close()
+
+
+def ingested(house: House, samples: list[Sample], count: int) -> list[tuple[Sample, Unavailable]]:
+    """Have `count` small instances received; those that were acknowledged go to `samples`, the others are returned with their refusals."""
+    refused = []
+    for _ in range(count):
+        sample = photograph()
+        try:
+            house.ingest(sample)
+        except Unavailable as refusal:
+            refused.append((sample, refusal))
+        else:
+            samples.append(sample)
+    return refused
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("log_too", [False, True], ids=["tables", "write-ahead log"])
+def test_a_full_disk_of_postgresql_refuses_and_recovers(
+    small_postgresql: tuple[PostgresqlServer, Path], tmp_path: Path, *, log_too: bool
+) -> None:
+    """PostgreSQL finds no room under ingest: no Success, what had one is there; with room again the same process takes the rest (19).
+
+    No room for tables is an error of theirs, after which all goes on by itself. No room for the write-ahead log ends the server, which
+    whoever keeps it running starts again; the node only waits.
+    """
+    server, disk = small_postgresql
+    server.execute("CREATE DATABASE node")
+    house = build(tmp_path / "house", database_url=server.url("node"))
+    samples: list[Sample] = []
+    assert ingested(house, samples, 3) == []
+    ballast = fill(disk, 0)
+    if log_too:
+        with suppress(psycopg.Error), psycopg.connect(server.url(), autocommit=True) as connection:
+            for _ in range(8):  # segments that are there already are taken first
+                connection.execute("SELECT pg_switch_wal()")
+                connection.execute("CREATE TEMPORARY TABLE IF NOT EXISTS one (x int)")
+                connection.execute("DROP TABLE one")
+    refused = ingested(house, samples, 60)
+    assert {refusal.failure_reason for _, refusal in refused} == {0xA700}
+    if not log_too:
+        assert {str(refusal) for _, refusal in refused} == {
+            "the disk of the database server is full: free some space there; senders will try again"
+        }
+    ballast.unlink()
+    if log_too:
+        assert "PANIC" in (server.folder / "log").read_text()
+        with suppress(pytest.fail.Exception):
+            server.stop("immediate")  # it may be trying by itself
+        server.start()
+    house.archive.check()
+    for sample, _ in refused:
+        house.ingest(sample)
+        samples.append(sample)
+    assert readable(house, samples)
+    assert house.actions().count("instance.received") == len(samples)
+    assert house.audit.verify() is None
+    assert house.archive.verify().intact
+    house.close()
+
+
+@pytest.mark.peer
+def test_control_postgresql_with_room_takes_the_same(small_postgresql: tuple[PostgresqlServer, Path], tmp_path: Path) -> None:
+    """Negative control: the same server on the same disk refuses nothing while there is room."""
+    server, disk = small_postgresql
+    server.execute("CREATE DATABASE node")
+    house = build(tmp_path / "house", database_url=server.url("node"))
+    samples: list[Sample] = []
+    fill(disk, 48 * MIB)
+    assert ingested(house, samples, 63) == []
+    assert readable(house, samples)
     house.close()
 
 
