@@ -164,20 +164,22 @@ def peers_list(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
-    """List the peers of the configuration, and those that were added."""
+    """List the peers of the configuration, and those that were added; when each associated last, and was refused last."""
     from dicom_node import storehouse
     from storage.refusals import Refusals
+    from storage.visits import last_visits
 
     with faults_as_sentences():
         settings = settings_of(config_file)
         with storehouse.storage(settings) as parts:
             peers = _peers(settings, parts)
-            refused = Refusals(database=parts.database).last_of_peers()
+            refused, seen = Refusals(database=parts.database).last_of_peers(), last_visits(parts.database)
         told = [
             {
                 "name": peer.name,
                 **peer.settings(),
                 "source": "added" if peer.name in peers.added else "configuration",
+                "last_seen": seen[peer.name].last_at.isoformat() if peer.name in seen else None,
                 "last_refused": refused[peer.name].isoformat() if peer.name in refused else None,
             }
             for peer in peers.current.values()
@@ -186,7 +188,7 @@ def peers_list(
             typer.echo(json.dumps(told, indent=2))
             return
         print_rows(
-            ("name", "AE title", "host", "port", "stores", "retrieves", "is sent", "TLS", "source", "last refused"),
+            ("name", "AE title", "host", "port", "stores", "retrieves", "is sent", "TLS", "source", "last seen", "last refused"),
             [
                 (
                     peer.name,
@@ -198,6 +200,7 @@ def peers_list(
                     ",".join(peer.deliver) if peer.callable and peer.port else "-",
                     _yes(peer.tls),
                     str(row["source"]),
+                    _moment(seen[peer.name].last_at) if peer.name in seen else "-",
                     _moment(refused.get(peer.name)) or "-",
                 )
                 for peer, row in zip(peers.current.values(), told, strict=True)
@@ -211,9 +214,10 @@ def peers_list(
 
 @peers_app.command("show")
 def peers_show(name: NameArgument, config_file: ConfigOption = None) -> None:
-    """Show everything about a peer: its settings, what waits for it, and what it was refused."""
+    """Show everything about a peer: its settings, when it associated last, what waits for it, and what it was refused."""
     from dicom_node import storehouse
     from storage.refusals import Refusals
+    from storage.visits import last_visits
 
     with faults_as_sentences():
         settings = settings_of(config_file)
@@ -221,12 +225,14 @@ def peers_show(name: NameArgument, config_file: ConfigOption = None) -> None:
             peers = _peers(settings, parts)
             peer, origin = peers.named(name), peers.added.get(name)
             waiting = _known(parts).waiting(name)
+            seen = last_visits(parts.database).get(name)
             refused = Refusals(database=parts.database).all(limit=10, peer=name)
         for key, value in {"name": name, **peer.settings()}.items():
             shown = ", ".join(value) if isinstance(value, list) else _yes(value) if isinstance(value, bool) else str(value)
             typer.echo(f"{key + ':':<18}{shown or '-'}")
         source = "configuration" if origin is None else f"added {_moment(origin.added_at)} by {origin.added_by}"
         typer.echo(f"{'source:':<18}{source}")
+        typer.echo(f"{'last seen:':<18}{f'{_moment(seen.last_at)} at {seen.address}' if seen is not None else '-'}")
         typer.echo(f"{'reports waiting:':<18}{waiting}")
         if refused:
             typer.echo("refused:")

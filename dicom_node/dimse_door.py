@@ -27,6 +27,7 @@ from dicom_node.tokens import TokenKey, Tokens
 from storage.commitment_check import CommitmentCheck
 from storage.commitments import Commitments, Patience, Proofs
 from storage.refusals import Refusals
+from storage.visits import Visits
 
 if TYPE_CHECKING:
     import threading
@@ -105,7 +106,8 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
     section = settings.dimse
     observe = partial(_observe, metrics)
     tls = server_tls(settings)
-    with Refusals(database=parts.database, audit=parts.audit) as refusals:
+    diary = Refusals(database=parts.database, audit=parts.audit, lost=metrics.refusals_dropped)
+    with diary as refusals, Visits(database=parts.database) as visits:
         services = (
             QuerySCP(
                 database=parts.database,
@@ -157,6 +159,7 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
             identities=identities(settings),
             identity_required=settings.identities.mode == "required",
             refusals=refusals,
+            visited=visits.note,
             observe=observe,
         )
 

@@ -165,6 +165,7 @@ class Metrics:
             "dicom_node_workers_on_stand_in", "Workers that compute on the CPU because another device cannot be used.", ["device"],
             registry=registry, multiprocess_mode="livesum",
         )  # fmt: skip
+        self._refusals = Counter("dicom_node_refusals_dropped", "Refusals that the diary could not take.", registry=registry)
         self._log_lines = Counter(LINES_DROPPED, LINES_DROPPED_HELP, registry=registry)
         self._certificates = Gauge(
             "dicom_node_certificate_seconds", "Until a certificate of ours ends.", ["of"], registry=registry, multiprocess_mode="livemin"
@@ -193,6 +194,10 @@ class Metrics:
         """Note whether this worker computes on the CPU because the `device` asked for cannot be used."""
         _allocate("gauge_livesum")
         self._stand_in.labels(device).set(used)
+
+    def refusals_dropped(self, count: int) -> None:
+        """Count refusals that came faster than the diary is written, or while the database was away."""
+        self._refusals.inc(count)
 
     def log_lines_dropped(self, count: int) -> None:
         """Count lines that the log lost."""

@@ -29,6 +29,7 @@ import storage.nodes
 import storage.refusals
 import storage.study_keys
 import storage.tables
+import storage.visits
 import storage.work
 from storage.database import METADATA
 from storage.database_name import name_of

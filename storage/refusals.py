@@ -25,7 +25,7 @@ from storage.errors import StorageError
 from storage.records import AuditEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from sqlalchemy import Connection
@@ -151,6 +151,8 @@ class Refusals:
         Pause after a write that failed.
     audit
         Takes ``association.refused`` for associations, identities and certificates that were refused; None: nobody does.
+    lost
+        Told how many notes were dropped, each time that some are.
     """
 
     def __init__(
@@ -162,9 +164,11 @@ class Refusals:
         every_s: float = 1.0,
         retry_s: float = 5.0,
         audit: AuditTrail | None = None,
+        lost: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._database = database
         self._audit = audit
+        self._lost = lost
         self._capacity = capacity
         self._waiting = waiting
         self._every_s = every_s
@@ -224,12 +228,15 @@ class Refusals:
             try:
                 self._notes.put_nowait((self._database.clock(), told))
             except queue.Full:
-                self._dropped += 1
-                return
-            self._taken += 1
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="refusals", daemon=True)
-                self._thread.start()
+                full = True
+            else:
+                full = False
+                self._taken += 1
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="refusals", daemon=True)
+                    self._thread.start()
+        if full:
+            self._drop(1)
 
     @property
     def dropped(self) -> int:
@@ -364,6 +371,7 @@ class Refusals:
     def _drop(self, count: int) -> None:
         with self._lock:
             self._dropped += count
+        self._lost(count)
 
     def _settle(self, count: int) -> None:
         with self._settled:

@@ -164,6 +164,8 @@ class StorageSCP:
         Reject who does not.
     refusals
         Takes note of what is refused; None: nobody does.
+    visited
+        Told the name and address of each peer whose association is accepted.
     observe
         Told what happens, for metrics: ``observe(event, **labels)``. Events: ``association.accepted`` (peer),
         ``association.rejected`` (reason), ``association.violation`` (reason), ``association.failed``, ``association.ended`` (peer),
@@ -192,6 +194,7 @@ class StorageSCP:
         identities: Identities | None = None,
         identity_required: bool = False,
         refusals: Diary | None = None,
+        visited: Callable[[str, str], None] = lambda _name, _address: None,
         observe: Callable[..., None] = unobserved,
     ) -> None:
         quiet()
@@ -213,6 +216,7 @@ class StorageSCP:
         self.limits = limits or ReceiveLimits()
         self.room = Room(self.limits.foreign_bytes_of_all)
         self.observe = observe
+        self.visited = visited
         self.words = Words(refusals or NoDiary(), peers=peers, ae_title=ae_title)
         self.entity = AE(ae_title=ae_title)
         self.entity.maximum_pdu_size = self.limits.maximum_pdu_length
@@ -575,6 +579,8 @@ class AdmittingACSE(ACSE):
         user = {"user": self.assoc.principal.name} if self.assoc.principal is not None else {}
         log.info("association.accepted", peer=name, address=self.assoc.address, secured=self.assoc.secured, **user, **titles)
         self.assoc.door.observe("association.accepted", peer=name)
+        if name:
+            self.assoc.door.visited(name, self.assoc.address)
         self.acceptor.supported_contexts = self.assoc.door.supported(
             request.presentation_context_definition_list,
             self.assoc.peer,

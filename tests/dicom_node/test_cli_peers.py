@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from storage.audit import AuditTrail
 from storage.known_peers import KnownPeers
 from storage.records import JobKind, NewJob
 from storage.refusals import Refusals
+from storage.visits import Visits
 from tests.ports import free_port
 
 app = typer.Typer()
@@ -78,7 +80,7 @@ def test_add_list_show_remove(site: Site) -> None:
     assert told["camera"] == {
         "name": "camera", "ae_title": "CAM", "host": "10.0.0.9", "port": 4242, "accept": True, "retrieve": False, "deliver": ["sr"],
         "max_associations": 3, "certificate": "ab" * 32, "tls": True, "commit": True, "acknowledge": "archive", "source": "added",
-        "last_refused": None,
+        "last_seen": None, "last_refused": None,
     }  # fmt: skip
     lines = site.run("peers list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["name", "pacs", "camera"]
@@ -179,6 +181,18 @@ def test_echo(site: Site) -> None:
         assert "2 of 3 did not answer" in both.stderr  # nor does pacs
     finally:
         server.shutdown()
+
+
+def test_when_a_peer_was_seen_last(site: Site) -> None:
+    """The list and the page of a peer tell when it associated last, and from where; of one that never did they do not."""
+    site.run("peers add camera --ae-title CAM --host 10.0.0.9")
+    assert "last seen:        -" in site.run("peers show pacs").stdout
+    with site.parts() as parts, Visits(database=parts.database) as visits:
+        visits.note("pacs", "127.0.0.1")
+    told = {peer["name"]: peer["last_seen"] for peer in json.loads(site.run("peers list --json").stdout)}
+    assert datetime.now(UTC) - datetime.fromisoformat(told["pacs"]) < timedelta(hours=1)
+    assert told["camera"] is None
+    assert " at 127.0.0.1\n" in site.run("peers show pacs").stdout
 
 
 def test_refusals_are_shown(site: Site) -> None:

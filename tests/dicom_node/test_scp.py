@@ -525,6 +525,19 @@ def test_who_may_not_store(rooms: Rooms) -> None:
     assert rooms.landing() == []
 
 
+def test_accepted_peers_are_told(rooms: Rooms) -> None:
+    """Each association of a peer that is accepted is told with its name and address; one that is rejected is not."""
+    visits: list[tuple[str, str]] = []
+    peers = Peers([Peer("camera", "CAM", "*", 0), Peer("mute", "MUTE", "*", 0, accept=False, retrieve=False)])
+    with open_door(rooms, peers=peers, visited=lambda *visit: visits.append(visit)) as door:
+        for calling in ("CAM", "MUTE", "NOBODY", "CAM"):
+            with ScriptedPeer(door.port) as peer:
+                if peer.associate(STORE_CONTEXT, calling=calling) == ASSOCIATE_AC:
+                    peer.release()
+        door.settle()
+    assert visits == [("camera", "127.0.0.1")] * 2
+
+
 def test_user_identity(rooms: Rooms) -> None:
     """Who must identify and does not, or wrongly, is rejected, who guesses on is for now; the right passcode comes in (threat 12)."""
     identities = Identities([User("nurse", hash_passcode(b"correct horse"))])

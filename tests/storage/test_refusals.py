@@ -131,7 +131,8 @@ def test_noting_never_waits(tmp_path: Path) -> None:
     holder.start()
     assert locked.wait(60)
     try:
-        with diary(database, waiting=100) as refusals:
+        told: list[int] = []
+        with diary(database, waiting=100, lost=told.append) as refusals:
             for number in range(1000):
                 refusals.note(kind="association", reason="not recognised", calling_ae_title=f"A{number}", address=f"10.0.{number % 200}.1")
             dropped = refusals.dropped
@@ -140,6 +141,7 @@ def test_noting_never_waits(tmp_path: Path) -> None:
             release.set()
             assert refusals.flush(60)
             assert len(refusals.all(limit=2000)) == 1000 - refusals.dropped
+            assert sum(told) == refusals.dropped
     finally:
         release.set()
         holder.join()

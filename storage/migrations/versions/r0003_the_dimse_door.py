@@ -1,4 +1,4 @@
-"""Storage commitments, peers added while running, the refusal diary."""
+"""Storage commitments, peers added while running and when each called last, the refusal diary."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def upgrade() -> None:
         sa.Column("added_at", sa.BigInteger(), nullable=False),
         sa.Column("added_by", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_peers")),
+    )
+    op.create_table(
+        "visits",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("last_at", sa.BigInteger(), nullable=False),
+        sa.Column("address", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_visits")),
     )
     op.create_table(
         "refusals",
