@@ -313,6 +313,28 @@ class Ceph:
         client.close()
         return bucket
 
+    def make_bucket(self, bucket: str) -> None:
+        """Make a bucket, unless it is there."""
+        client = self.client()
+        client.create_bucket(Bucket=bucket)
+        client.close()
+
+    def names(self, bucket: str) -> dict[str, int]:
+        """Return name -> bytes of what a bucket holds."""
+        client = self.client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        found = {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
+        client.close()
+        return found
+
+    def remove_bucket(self, bucket: str) -> None:
+        """Remove a bucket without versions, with all that it holds."""
+        client = self.client()
+        for name in self.names(bucket):
+            client.delete_object(Bucket=bucket, Key=name)
+        client.delete_bucket(Bucket=bucket)
+        client.close()
+
 
 @contextmanager
 def started(*, certificate: Path | None = None) -> Iterator[Ceph]:

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -39,6 +39,7 @@ from storage.mover import Mover
 from storage.records import Job, JobKind, JobState
 from storage.retirement import Retirement
 from storage.s3 import S3Store
+from tests import ceph
 from tests.faults import lying_s3
 from tests.faults.checker import Violation, judge
 from tests.faults.history import History, digest
@@ -74,6 +75,46 @@ _STORE_FAULTS: Final[tuple[tuple[lying_s3.Fault, str], ...]] = (
 )
 
 
+class Radosgw:
+    """Ceph's radosgw in the place of a `LyingS3`: whatever fault is asked for, it is killed, and healing it is starting it again.
+
+    Parameters
+    ----------
+    running
+        Ceph.
+    """
+
+    def __init__(self, running: ceph.Ceph) -> None:
+        self._running = running
+        self.bucket = running.new_bucket()
+        self.endpoint = running.endpoint
+        self.spoilt: frozenset[str] = frozenset()
+        self._dead = False
+
+    def fail(self, fault: lying_s3.Fault, **_: object) -> None:
+        """Kill it."""
+        self._running.kill_gateway()
+        self._dead = True
+
+    def heal(self) -> None:
+        """Start it again."""
+        if self._dead:
+            self._running.start_gateway()
+            self._dead = False
+
+    def objects(self) -> dict[str, bytes]:
+        """Return what it keeps: name -> bytes."""
+        client = self._running.client()
+        return {name: client.get_object(Bucket=self.bucket, Key=name)["Body"].read() for name in self._running.names(self.bucket)}
+
+    def remove(self, name: str) -> None:
+        """Delete an object out of band."""
+        self._running.client().delete_object(Bucket=self.bucket, Key=name)
+
+    def stop(self) -> None:
+        """Leave it to whoever started it."""
+
+
 class Killed(BaseException):
     """The process is dead; nothing may catch this."""
 
@@ -81,12 +122,13 @@ class Killed(BaseException):
 class Stage:
     """What the schedules of a process share: a migrated folder to start from, a small disk, and the S3 service."""
 
-    def __init__(self, root: Path, *, dishonest: str = "") -> None:
+    def __init__(self, root: Path, *, dishonest: str = "", radosgw: ceph.Ceph | None = None) -> None:
         self.root = root
+        self.radosgw = radosgw
         self.dishonest = dishonest
         self.reach: Callable[[str], None] = lambda _: None
         self._lives = 0
-        self._service: LyingS3 | None = None
+        self._service: LyingS3 | Radosgw | None = None
         self._store: S3Store | None = None
         build(root / "template", node_id=NODE_ID).close()
         self.disk = root / "disk"
@@ -101,12 +143,12 @@ class Stage:
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.disk], capture_output=True, check=False)
         return done.returncode == 0
 
-    def service(self) -> tuple[LyingS3, S3Store]:
+    def service(self) -> tuple[LyingS3 | Radosgw, S3Store]:
         """Give an empty S3 service and its store."""
         self._lives += 1
         if self._service is None or self._store is None or self._lives % _LIVES_OF_A_SERVICE == 0:
             self._stop_service()
-            self._service = LyingS3()
+            self._service = LyingS3() if self.radosgw is None else Radosgw(self.radosgw)
             self._store = S3Store(
                 bucket=self._service.bucket,
                 endpoint_url=self._service.endpoint,
@@ -135,14 +177,20 @@ class Stage:
 
 
 @contextmanager
-def stage(folder: Path | None = None, *, dishonest: str = "") -> Iterator[Stage]:
-    """Set a stage, in memory where there is such a file system; `dishonest` names a protection to take away."""
+def stage(folder: Path | None = None, *, dishonest: str = "", radosgw: bool = False) -> Iterator[Stage]:
+    """Set a stage, in memory where there is such a file system; `dishonest` names a protection to take away.
+
+    With `radosgw` every store is a bucket of Ceph, whose gateway is killed; else it is a directory or a lying service.
+    """
     memory = Path("/dev/shm")
     where = folder or (memory if os.access(memory, os.W_OK) else None)
     before = {name: os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED")}
-    os.environ.update(AWS_ACCESS_KEY_ID="schedule", AWS_SECRET_ACCESS_KEY="schedule", AWS_EC2_METADATA_DISABLED="true")
-    with tempfile.TemporaryDirectory(prefix="schedules-", dir=where) as root:
-        made = Stage(Path(root), dishonest=dishonest)
+    os.environ.update(AWS_ACCESS_KEY_ID=ceph.KEY, AWS_SECRET_ACCESS_KEY=ceph.SECRET, AWS_EC2_METADATA_DISABLED="true")
+    with (
+        tempfile.TemporaryDirectory(prefix="schedules-", dir=where) as root,
+        ceph.started() if radosgw else nullcontext() as running,
+    ):
+        made = Stage(Path(root), dishonest=dishonest, radosgw=running)
         try:
             yield made
         finally:
@@ -200,7 +248,7 @@ class Schedule:
         self._acked: dict[int, int] = {}
         self._erasing: set[int] = set()
         self._next = 0
-        remote = self._rng.random() < 0.4
+        remote = self._rng.random() < 0.4 or stage.radosgw is not None
         self._service, self._store = stage.service() if remote else (None, None)
         self._cached = remote and self._rng.random() < 0.5
         self._lands = remote and self._rng.random() < 0.8
@@ -673,6 +721,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many minutes")
     parser.add_argument("--seed", type=int, default=None, help="of the first schedule; the next ones count on")
+    parser.add_argument("--s3", choices=("lying", "radosgw"), default="lying", help="radosgw: see make ceph")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the working folder")
     parser.add_argument("--dishonest", choices=("ack before commit", "lose an object"), default="", help="negative control")
     options = parser.parse_args(arguments)
@@ -688,7 +737,7 @@ def main(arguments: list[str] | None = None) -> int:
     tally = Tally()
     until = None if options.minutes is None else started + 60 * options.minutes
     runs = options.runs if options.minutes is None else 10**9
-    with stage(options.folder, dishonest=options.dishonest) as made:
+    with stage(options.folder, dishonest=options.dishonest, radosgw=options.s3 == "radosgw") as made:
         run(made, range(seed, seed + runs), tally, until=until, report=report)
     report(tally.line())
     for point, count in sorted(tally.kills.items()):

@@ -18,13 +18,15 @@ from storage.database import Clock, utc_now
 from storage.failpoints import unarmed
 from storage.objects import ObjectStore
 from storage.s3 import S3Store
+from tests import ceph
 from tests.ports import free_port
 from tests.storage.house import House, build
 
 Kind = Literal["directory", "archive", "land"]
+Service = Literal["rclone", "radosgw"]
 KINDS: Final[tuple[Kind, ...]] = ("directory", "archive", "land")
+SERVICES: Final[tuple[Service, ...]] = ("rclone", "radosgw")
 NODE_ID: Final = "0123456789abcdef"
-S3_KEY, S3_SECRET = "walk-access-key", "walk-secret-key-of-length"
 _START_S = 30.0
 
 
@@ -40,12 +42,15 @@ class Site:
         Of the S3 service, and the folder whose sub-folders are its buckets.
     rotates
         The wrapping key is rotated between the instances.
+    radosgw
+        The S3 service, where it is that of Ceph; its buckets are in no folder.
     """
 
     kind: Kind = "directory"
     endpoint: str = ""
     buckets: Path = Path()
     rotates: bool = False
+    radosgw: ceph.Ceph | None = None
 
     def bucket_of(self, folder: Path) -> str:
         """Name of the bucket that belongs to a node's folder."""
@@ -56,8 +61,11 @@ class Site:
         if self.kind == "directory":
             return None
         bucket = self.bucket_of(folder)
-        (self.buckets / bucket).mkdir(exist_ok=True)
-        os.environ.update(AWS_ACCESS_KEY_ID=S3_KEY, AWS_SECRET_ACCESS_KEY=S3_SECRET, AWS_EC2_METADATA_DISABLED="true")
+        if self.radosgw is None:
+            (self.buckets / bucket).mkdir(exist_ok=True)
+        else:
+            self.radosgw.make_bucket(bucket)
+        os.environ.update(AWS_ACCESS_KEY_ID=ceph.KEY, AWS_SECRET_ACCESS_KEY=ceph.SECRET, AWS_EC2_METADATA_DISABLED="true")
         return S3Store(bucket=bucket, endpoint_url=self.endpoint, region="us-east-1", addressing_style="path", reach=reach)
 
     def open(self, folder: Path, *, reach: Callable[[str], None] = unarmed, clock: Clock = utc_now) -> House:
@@ -70,15 +78,21 @@ class Site:
     def forget(self, folder: Path) -> None:
         """Remove the folder and its bucket."""
         shutil.rmtree(folder)
-        if self.kind != "directory":
+        if self.radosgw is not None:
+            self.radosgw.remove_bucket(self.bucket_of(folder))
+        elif self.kind != "directory":
             shutil.rmtree(self.buckets / self.bucket_of(folder), ignore_errors=True)
 
 
 @contextmanager
-def site(kind: Kind, folder: Path, *, rotates: bool = False) -> Iterator[Site]:
-    """Give a site; for a bucket, ``rclone serve s3`` runs meanwhile over a folder in `folder`."""
+def site(kind: Kind, folder: Path, *, rotates: bool = False, service: Service = "rclone") -> Iterator[Site]:
+    """Give a site; for a bucket, ``rclone serve s3`` runs meanwhile over a folder in `folder`, or Ceph."""
     if kind == "directory":
         yield Site(kind, rotates=rotates)
+        return
+    if service == "radosgw":
+        with ceph.started() as running:
+            yield Site(kind, running.endpoint, rotates=rotates, radosgw=running)
         return
     buckets = folder / "buckets"
     buckets.mkdir()
@@ -86,7 +100,7 @@ def site(kind: Kind, folder: Path, *, rotates: bool = False) -> Iterator[Site]:
     port = free_port()
     command = [
         str(beside) if beside.exists() else "rclone", "serve", "s3", "--config", os.devnull, "--addr", f"127.0.0.1:{port}",
-        "--auth-key", f"{S3_KEY},{S3_SECRET}", "--vfs-cache-mode", "off", "--dir-cache-time", "10ms", str(buckets),
+        "--auth-key", f"{ceph.KEY},{ceph.SECRET}", "--vfs-cache-mode", "off", "--dir-cache-time", "10ms", str(buckets),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from storage.failpoints import VARIABLE, failpoint_from_environment
 from tests.faults.ground import INTAKE_STEPS, MOVE_STEPS, ROTATE_STEPS, WORK_STEPS, judge, run
-from tests.faults.site import KINDS, Site, site
+from tests.faults.site import KINDS, SERVICES, Site, site
 from tests.faults.tally import tell
 
 SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "unlink,unlinkat", "openat", "mkdir", "ftruncate")
@@ -268,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, nargs="?", const=8, default=0, metavar="ROUNDS", help="every failpoint, ROUNDS times")
     parser.add_argument("--steps", nargs="+", default=(), metavar="STEP", help="only these failpoints")
-    parser.add_argument("--store", choices=KINDS, default="directory", help="where the objects go; else than directory: rclone serves S3")
+    parser.add_argument("--store", choices=KINDS, default="directory", help="where the objects go; else than directory: S3")
+    parser.add_argument("--s3", choices=SERVICES, default="rclone", help="who serves S3; radosgw: see make ceph")
     parser.add_argument("--rotate", action="store_true", help="rotate the wrapping key between the instances")
     parser.add_argument("--senders", type=int, nargs="+", default=(1, 3), help="how many senders at once")
     parser.add_argument("--kills", type=int, default=0, help="random kills")
@@ -289,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = options.steps or steps_of(options.store, rotates=options.rotate)
     with (
         tempfile.TemporaryDirectory(prefix="walk-", dir=options.folder) as root,
-        site(options.store, Path(root), rotates=options.rotate) as where,
+        site(options.store, Path(root), rotates=options.rotate, service=options.s3) as where,
     ):
         walk = Walk(Path(root), seed=options.seed, honest=not options.dishonest, site=where)
         if options.points:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 import random
 import sys
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import structlog
 
 from dicom_node.sending import Outgoing
 from storage.records import JobKind, JobState
@@ -224,14 +227,19 @@ def walk(cluster: Cluster, ground: Services, load: Load, chance: random.Random, 
 
 def main() -> None:
     """Run schedules as long as told."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))  # the destination lives in this process
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--instances", type=int, default=20, help="a round")
+    parser.add_argument("--s3", choices=("rclone", "radosgw"), default="rclone", help="radosgw: see make ceph")
     parser.add_argument("--policy", choices=("land", "archive", "mixed"), default="mixed")
     arguments = parser.parse_args()
     policies = {"mixed": ["land", "archive", "archive"]}.get(arguments.policy, [arguments.policy] * 3)
-    with tempfile.TemporaryDirectory(prefix="dicom-node-cluster-") as name, services(Path(name) / "services", durable=True) as ground:
+    with (
+        tempfile.TemporaryDirectory(prefix="dicom-node-cluster-") as name,
+        services(Path(name) / "services", durable=True, s3=arguments.s3) as ground,
+    ):
         os.environ.update(ground.credentials)
         with running_pacs(Path(name) / "pacs") as pacs:
             cluster = Cluster(Path(name), ground, pacs, quick_bundles(Path(name) / "bundles"), policies)

@@ -18,7 +18,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from tests.conftest import S3_KEY, S3_SECRET
+from tests import ceph
+from tests.ceph import KEY as S3_KEY
+from tests.ceph import SECRET as S3_SECRET
 from tests.dicom_node.receiver import certificate
 from tests.ports import free_port
 from tests.postgresql_server import PostgresqlServer, started
@@ -83,11 +85,33 @@ def rclone() -> str:
     return found
 
 
+class Gateway:
+    """Ceph's radosgw as such a service: killed and started alone, the cluster behind it stays.
+
+    Parameters
+    ----------
+    running
+        Ceph.
+    """
+
+    def __init__(self, running: ceph.Ceph) -> None:
+        self.running = running
+        self.port = running.port
+
+    def start(self) -> None:
+        """Start it, and wait until it takes connections."""
+        self.running.start_gateway()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.running.kill_gateway()
+
+
 @dataclass
 class Services:
     """The three, and how a node is told of them."""
 
-    s3: Service
+    s3: Service | Gateway
     kms: Service
     postgresql: PostgresqlServer
     folder: Path
@@ -106,7 +130,7 @@ class Services:
         """For AWS clients, in the environment of whoever speaks with S3 and KMS."""
         return {**CREDENTIALS, **({"AWS_CA_BUNDLE": str(self.authority)} if self.authority else {})}
 
-    def address(self, service: Service) -> str:
+    def address(self, service: Service | Gateway) -> str:
         """URL of a service."""
         return f"{'https' if self.authority else 'http'}://127.0.0.1:{service.port}"
 
@@ -114,7 +138,10 @@ class Services:
         """Make a bucket and a database; return the environment of nodes that share them. A ring is not made yet."""
         self._made += 1
         name = f"archive-{self._made}"
-        (self.buckets / name).mkdir()
+        if isinstance(self.s3, Gateway):
+            self.s3.running.make_bucket(name)
+        else:
+            (self.buckets / name).mkdir()
         database = f"node_{self._made}"
         self.postgresql.execute(f"CREATE DATABASE {database}")
         url = self.postgresql.url(database)
@@ -137,13 +164,20 @@ class Services:
         return environ
 
     def bucket(self, environ: dict[str, str]) -> Path:
-        """Folder of the bucket of such an environment."""
+        """Folder of the bucket of such an environment; radosgw's are in none."""
         return self.buckets / environ["DICOM_NODE_ARCHIVE__BUCKET"]
+
+    def names(self, environ: dict[str, str]) -> list[str]:
+        """Names of all that lies in the bucket of such an environment."""
+        if isinstance(self.s3, Gateway):
+            return list(self.s3.running.names(environ["DICOM_NODE_ARCHIVE__BUCKET"]))
+        folder = self.bucket(environ)
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
 @contextmanager
-def services(folder: Path, *, tls: bool = False, durable: bool = False) -> Iterator[Services]:
-    """Run the three; `durable` is PostgreSQL's, for tests that kill it."""
+def services(folder: Path, *, tls: bool = False, durable: bool = False, s3: str = "rclone") -> Iterator[Services]:
+    """Run the three; `durable` is PostgreSQL's, for tests that kill it; `s3` is ``rclone`` or ``radosgw``."""
     with ExitStack() as stack:
         # PostgreSQL runs as another user and must reach its certificate.
         open_folder = Path(tempfile.mkdtemp(prefix="dicom-node-services-"))
@@ -162,20 +196,23 @@ def services(folder: Path, *, tls: bool = False, durable: bool = False) -> Itera
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "buckets").mkdir()
         with_tls = [] if shown is None else ["--cert", str(shown), "--key", str(shown)]
-        s3 = Service(
+        served = Service(
             [rclone(), "serve", "s3", "--config", os.devnull, "--addr", "127.0.0.1:{port}", "--auth-key", f"{S3_KEY},{S3_SECRET}",
              "--vfs-cache-mode", "off", "--dir-cache-time", "10ms", *with_tls, str(folder / "buckets")],
             folder / "s3.log",
         )  # fmt: skip
+        gateway = Gateway(stack.enter_context(ceph.started(certificate=shown))) if s3 == "radosgw" else None
+        if gateway is None:
+            stack.callback(served.kill)
+            served.start()
         kms = Service(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "{port}",
              *([] if shown is None else ["-c", str(shown), "-k", str(shown)])],
             folder / "kms.log",
         )  # fmt: skip
-        for service in (s3, kms):
-            stack.callback(service.kill)
-            service.start()
-        made = Services(s3, kms, postgresql, folder, shown)
+        stack.callback(kms.kill)
+        kms.start()
+        made = Services(gateway or served, kms, postgresql, folder, shown)
         client = boto3.session.Session(aws_access_key_id=S3_KEY, aws_secret_access_key=S3_SECRET).client(
             "kms", region_name=REGION, endpoint_url=made.address(kms), verify=str(shown) if shown is not None else None
         )
