@@ -21,17 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tests.faults.ground import judge, run
 from tests.faults.site import KINDS, Site, site
-from tests.faults.tally import tell
-from tests.faults.walk import end_with
+from tests.faults.tally import Tally
+from tests.faults.walk import end_with, judged
 
 INSTANCES: Final = 3
 """Of a round, that is of a disk."""
@@ -84,16 +83,12 @@ def memory() -> Path | None:
 
 
 @dataclass
-class Tally:
+class Cuts(Tally):
     """What many cuts have shown."""
 
     cuts: int = 0
     alike: int = 0
     """Copies equal to the one before, with no answer in between: not counted as cuts."""
-    acknowledged: int = 0
-    lost: int = 0
-    faults: list[str] = field(default_factory=list)
-    where: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         """Return one line for people."""
@@ -117,7 +112,7 @@ class PowerCuts:
     """
 
     def __init__(self, root: Path, *, seed: int, where: Site) -> None:
-        self.tally = Tally()
+        self.tally = Cuts()
         self._root = root
         self._where = where
         self._next = seed * 1_000_000
@@ -195,40 +190,20 @@ class PowerCuts:
         name = step.partition(" ")[2] if step.startswith("point ") else step.partition(" ")[0]
         mount_point = self._root / "copy"
         disk = Disk(copy, mount_point)
-        judged = mount_point / house.name
+        folder = mount_point / house.name
         if self._where.kind != "directory":
-            bucket = self._where.buckets / self._where.bucket_of(judged)
+            bucket = self._where.buckets / self._where.bucket_of(folder)
             shutil.rmtree(bucket, ignore_errors=True)
             shutil.copytree(self._where.buckets / self._where.bucket_of(house), bucket)
         disk.mount()
-        told, telling = os.pipe()
         try:
-            child = os.fork()
-            if child == 0:
-                os.close(told)
-
-                def be() -> None:
-                    verdict = judge(judged, said, seeds, site=self._where)
-                    os.write(telling, "\n".join([f"{verdict.acknowledged} {verdict.lost}", *verdict.faults])[:60000].encode())
-
-                end_with(be)
-            os.close(telling)
-            with os.fdopen(told) as pipe:
-                found = pipe.read().splitlines()
-            os.waitpid(child, 0)
+            verdict = judged(folder, said, seeds, site=self._where)
         finally:
             disk.unmount()
         self.tally.cuts += 1
         self.tally.where[name] += 1
         where = f"seeds {seeds[0]} to {seeds[-1]}, {len(said)} answers, at {name}"
-        if not found:
-            self.tally.lost += sum(line.startswith("stored") for line in said)
-            self.tally.faults.append(f"{where}: the node does not start")
-            return
-        acknowledged, lost = (int(number) for number in found[0].split())
-        self.tally.acknowledged += acknowledged
-        self.tally.lost += lost
-        self.tally.faults += [f"{where}: {fault}" for fault in found[1:]]
+        self.tally.take(verdict, where, acknowledged=sum(line.startswith("stored") for line in said))
 
 
 def _digest(image: Path) -> str:
@@ -236,7 +211,7 @@ def _digest(image: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def cut_often(cuts: int, *, seed: int, kind: str = "directory", report: Callable[[str], None] = lambda _: None) -> Tally:
+def cut_often(cuts: int, *, seed: int, kind: str = "directory", report: Callable[[str], None] = lambda _: None) -> Cuts:
     """Cut the power so many times, on disk after disk."""
     chosen = KINDS[KINDS.index(kind)]  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="power-", dir=memory()) as root, site(chosen, Path(root)) as where:
@@ -266,12 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     report(f"seed {options.seed}")
     tally = cut_often(options.cuts, seed=options.seed, kind=options.store, report=report)
     report(f"total: {tally.line()}")
-    for step, count in sorted(tally.where.items()):
-        report(f"  cut at {step}: {count}")
-    for fault in tally.faults[:50]:
-        report(f"  FAULT {fault}")
-    tell({"cuts": tally.cuts, "acknowledged": tally.acknowledged, "broken": len(tally.faults) + tally.lost})
-    return 1 if tally.faults or tally.lost else 0
+    return tally.end("cut", {"cuts": tally.cuts}, report)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Each victim is forked from this prepared, single-threaded process, so that a kil
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import select
@@ -17,15 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from storage.failpoints import VARIABLE, failpoint_from_environment
-from tests.faults.ground import INTAKE_STEPS, MOVE_STEPS, ROTATE_STEPS, WORK_STEPS, judge, run
+from tests.faults.ground import INTAKE_STEPS, MOVE_STEPS, ROTATE_STEPS, WORK_STEPS, Verdict, judge, run
 from tests.faults.site import KINDS, SERVICES, Site, site
-from tests.faults.tally import tell
+from tests.faults.tally import Tally
 
 SYSCALLS = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "unlink,unlinkat", "openat", "mkdir", "ftruncate")
 """Where a kill is injected, one walk each: every call that changes the disk."""
@@ -34,21 +34,18 @@ FAILING = ("write", "pwrite64", "fsync", "fdatasync", "link,linkat", "ftruncate"
 _BATCH = 4
 _FOLDER_FOR = 20
 _WHOLE_EVERY = 5
+_FAULTS = 100
+"""Most that a judge tells of one hit: a pipe holds them."""
 
 
 @dataclass
-class Tally:
+class Walked(Tally):
     """What a walk has seen."""
 
     victims: int = 0
     killed: int = 0
-    acknowledged: int = 0
-    lost: int = 0
-    orphans: int = 0
     errors: int = 0
     """Calls that failed because they were made to."""
-    faults: list[str] = field(default_factory=list)
-    where: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         """Return one line for people."""
@@ -64,7 +61,7 @@ class Walk:
     def __init__(self, root: Path, *, seed: int, honest: bool = True, site: Site = Site()) -> None:  # noqa: B008 - frozen
         self._honest = honest
         self._site = site
-        self.tally = Tally()
+        self.tally = Walked()
         self._root = root
         self._rng = random.Random(seed)
         self._next = seed * 1_000_000
@@ -160,29 +157,8 @@ class Walk:
         return status, said.decode().splitlines()
 
     def _judge(self, name: str, said: list[str], seeds: list[int]) -> None:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-
-            def be() -> None:
-                verdict = judge(self._folder, said, seeds, whole=self._used % _WHOLE_EVERY == 0, site=self._site)
-                numbers = f"{verdict.acknowledged} {verdict.lost} {verdict.orphans}"
-                os.write(writing, "\n".join([numbers, *verdict.faults])[:60000].encode())
-
-            end_with(be)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            found = pipe.read().splitlines()
-        status = os.waitpid(child, 0)[1]
-        if status or not found:
-            self.tally.faults.append(f"{name}: the node did not start again (status {status})")
-            return
-        acknowledged, lost, orphans = (int(number) for number in found[0].split())
-        self.tally.acknowledged += acknowledged
-        self.tally.lost += lost
-        self.tally.orphans += orphans
-        self.tally.faults += [f"{name}: {fault}" for fault in found[1:]]
+        verdict = judged(self._folder, said, seeds, whole=self._used % _WHOLE_EVERY == 0, site=self._site)
+        self.tally.take(verdict, name, acknowledged=sum(line.startswith("stored") for line in said))
 
     # --- the three walks ---------------------------------------------------------------------------------------------
 
@@ -257,6 +233,26 @@ def end_with(be: Callable[[], object]) -> None:
         os._exit(code)
 
 
+def judged(folder: Path, said: list[str], seeds: list[int], *, whole: bool = True, site: Site) -> Verdict | None:
+    """Judge in a child, as `tests.faults.ground.judge`; None when the node does not start."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+
+        def be() -> None:
+            verdict = judge(folder, said, seeds, whole=whole, site=site)
+            verdict.faults = verdict.faults[:_FAULTS]
+            os.write(writing, json.dumps(asdict(verdict)).encode())
+
+        end_with(be)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        found = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    return None if status or not found else Verdict(**json.loads(found))
+
+
 def steps_of(store: str, *, rotates: bool = False) -> tuple[str, ...]:
     """Return the failpoints that a node with this store comes by."""
     moves = MOVE_STEPS if store == "land" else ()
@@ -303,12 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.kills:
             walk.random(options.kills, report=report)
         report(f"total: {walk.tally.line()}")
-        for step, count in sorted(walk.tally.where.items()):
-            report(f"  killed at {step}: {count}")
-        for fault in walk.tally.faults[:50]:
-            report(f"  FAULT {fault}")
-    tell({"kills": walk.tally.killed, "acknowledged": walk.tally.acknowledged, "broken": len(walk.tally.faults) + walk.tally.lost})
-    return 1 if walk.tally.faults or walk.tally.lost else 0
+    return walk.tally.end("killed", {"kills": walk.tally.killed}, report)
 
 
 if __name__ == "__main__":
