@@ -427,20 +427,20 @@ class Orphans:
         erased = all_erased_keys(self._database) if candidates else set()
         unread = Unread()
         for study_key_id in candidates:
-            try:
-                key = self._study_keys.from_document(store.get_document(document_name(study_key_id)))
-            except InstanceNotFound:
-                continue
-            except IntegrityError as error:
-                _log.error("study_key.document_unreadable", extra={"study_key_id": study_key_id, "reason": str(error)})
-                swept.unreadable += 1
-                continue
-            except Unavailable as error:
-                unread.note(document_name(study_key_id), error)
-                swept.waiting += 1
-                continue
-            unread.over()
-            if study_key_id not in erased:
+            if study_key_id not in erased:  # else it goes unread: a store may have spoilt it, and its objects wait for that
+                try:
+                    key = self._study_keys.from_document(store.get_document(document_name(study_key_id)))
+                except InstanceNotFound:
+                    continue
+                except IntegrityError as error:
+                    _log.error("study_key.document_unreadable", extra={"study_key_id": study_key_id, "reason": str(error)})
+                    swept.unreadable += 1
+                    continue
+                except Unavailable as error:
+                    unread.note(document_name(study_key_id), error)
+                    swept.waiting += 1
+                    continue
+                unread.over()
                 if not unneeded or key.created_at >= before:
                     continue
                 if needed is None:

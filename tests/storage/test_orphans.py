@@ -491,6 +491,28 @@ def test_the_key_of_what_lies_in_another_spool_stays(houses: Build, tmp_path: Pa
     assert again.read(sample.sop_instance_uid) == sample.data_set
 
 
+def test_a_spoilt_document_of_an_erased_key_goes(houses: Build, tmp_path: Path) -> None:
+    """The store kept half of a key's document, the node died while it erased: the document goes unread, the landed object after it."""
+    store = _Full(tmp_path / "bucket")
+    house = houses(store=store, node_id=NODE)
+    sample = photograph()
+    house.ingest(sample)
+    record = house.index.find(sample.sop_instance_uid)
+    name = document_name(record.sealed.key_id)
+    landed = house.archive._places.spool
+    assert landed is not None
+    (file,) = (path for path in (house.folder / "landed").rglob(record.sealed.object_key) if path.is_file())
+    kept = file.read_bytes()
+    house.archive.erasure().erase_study(sample.study_instance_uid, actor="operator", reason="asked for")
+    file.write_bytes(kept)  # killed before it was deleted
+    store.put_document(name, b'{"half')
+    orphans = house.archive.orphans()
+    assert orphans.sweep(grace=NOW).documents == 1
+    assert name not in list(store.list_documents("keys/"))
+    assert orphans.sweep_spool(grace=NOW).deleted == 1
+    assert not file.exists()
+
+
 def test_the_key_of_what_was_dropped_from_the_quarantine_goes(houses: Build, tmp_path: Path) -> None:
     """Its document was left in a shared store, which could not be asked then: the audit trail says that it was erased."""
     store = _Full(tmp_path / "bucket")
