@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: help run test peers interop soak check bench clean
+.PHONY: help run test peers interop ceph soak radosgw check bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 12
@@ -41,13 +41,28 @@ peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL and the like (needs r
 interop: $(VENV)/development  ## tests against the peers
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m peer
 
+ceph:  ## install what make radosgw runs: a monitor, an OSD and a gateway of Ceph (needs root)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ceph-mon ceph-osd radosgw >/dev/null
+
 MINUTES ?= 60
+ROUNDS ?= 20
 SOAK ?= --minutes $(MINUTES)
 
 soak: $(VENV)/development  ## faults, for MINUTES (60) or by count (SOAK='--runs 10000 --cuts 500 --kills 1000'); as root for all of it
-	$(BIN)/pytest -n 0 -m soak tests/faults
+	$(BIN)/pytest -n 0 -m soak tests/faults --ignore tests/faults/test_ceph.py
 	$(BIN)/python -m tests.faults.walk --kills 500 --syscalls --errors
+	$(BIN)/python -m tests.system.cluster --rounds $(ROUNDS)
+	@! $(BIN)/python -m tests.ceph --installed || $(MAKE) --no-print-directory radosgw
 	$(BIN)/python -m tests.faults.soak --processes $(WORKERS) $(SOAK)
+
+radosgw: $(VENV)/development  ## the S3 tests and faults against Ceph's radosgw, and three nodes on it for ROUNDS (20); part of make soak
+	$(BIN)/pytest -n 0 --s3 radosgw tests/storage/test_s3.py tests/storage/test_objects.py tests/system/test_s3_node.py
+	$(BIN)/pytest -n 0 -m soak tests/faults/test_ceph.py
+	$(BIN)/python -m tests.faults.walk --s3 radosgw --store land --points 1 --senders 1
+	$(BIN)/python -m tests.faults.walk --s3 radosgw --store archive --points 1 --senders 1
+	$(BIN)/python -m tests.faults.schedules --s3 radosgw --runs 20
+	$(BIN)/python -m tests.system.cluster --s3 radosgw --rounds $(ROUNDS)
 
 check: $(VENV)/development  ## ruff, mypy, import-linter, the Dockerfile
 	$(BIN)/ruff check .

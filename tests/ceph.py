@@ -7,6 +7,7 @@ starts one, prints how to reach it, and stops it at Ctrl-C. Nothing of it outliv
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import os
@@ -349,7 +350,14 @@ def started(*, certificate: Path | None = None) -> Iterator[Ceph]:
 
 
 def main() -> int:
-    """Run one until Ctrl-C."""
+    """Run one until Ctrl-C, or tell whether that can be."""
+    parser = argparse.ArgumentParser(prog="python -m tests.ceph", description="Ceph, with S3, on this machine.")
+    parser.add_argument("--installed", action="store_true", help="only say what is missing; the exit status is 0 when nothing is")
+    if parser.parse_args().installed:
+        absent = missing()
+        if absent:
+            sys.stdout.write(f"nothing was tried with Ceph: {', '.join(absent)} not installed; make ceph installs them\n")
+        return 1 if absent else 0
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with started() as ceph, suppress(KeyboardInterrupt):
