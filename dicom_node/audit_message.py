@@ -261,10 +261,14 @@ def _participants(root: ET.Element, event: AuditEvent, kind: _Kind, source: Audi
     told = {"AlternativeUserID": f"AETITLES={title}"} if title else {}
     if address:
         told |= {"NetworkAccessPointID": address, "NetworkAccessPointTypeCode": "2" if _is_address(address) else "1"}
-    other = _add(root, "ActiveParticipant", UserID=event.actor or "unknown", UserIsRequestor="false" if kind.ours else "true", **told)
+    user = _text(event, "user")
+    asked = "false" if kind.ours or user else "true"  # one of all may be the requestor
+    other = _add(root, "ActiveParticipant", UserID=event.actor or "unknown", UserIsRequestor=asked, **told)
     destination = _text(event, "destination")
     if kind.other is not None and not destination:
         _coded(other, "RoleIDCode", kind.other)
+    if user:
+        _add(root, "ActiveParticipant", UserID=user, UserIsRequestor="false" if kind.ours else "true")
     if destination:  # C-MOVE: who asked is not who gets it
         third = _add(root, "ActiveParticipant", UserID=destination, UserIsRequestor="false")
         _coded(third, "RoleIDCode", _DESTINATION)

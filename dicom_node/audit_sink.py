@@ -57,6 +57,7 @@ log = structlog.get_logger(__name__)
 _CHUNK = 16_384  # one TLS record
 _LOOK_S = 0.25  # how soon it is seen that we are to stop
 _TOGETHER_S = 0.2  # what is recorded within this time goes together
+_ASIDE_S = 5.0  # how often it is looked whether another process still sends
 _FILES_S = 30.0
 _LAST_S = 5.0  # for what is under way when we are to stop
 
@@ -265,10 +266,18 @@ class Line:
 
     def _lost(self, error: OSError) -> SinkFault:
         again = "What was not confirmed is sent again"
+        if isinstance(error, ConnectionResetError | BrokenPipeError):
+            try:
+                self._listen()  # the reason may have come before the reset
+            except ssl.SSLError as alert:
+                error = alert
+            except OSError:
+                log.debug("audit_sink.no_reason", reason="the connection was reset without an alert")
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
             return SinkFault(f"audit record repository {self._name}: {_words(error)}. {again}")  # alerts about our certificate come late
         how = "reset" if isinstance(error, ConnectionResetError | BrokenPipeError) else "closed"
-        return SinkFault(f"the audit record repository {self._name} {how} the connection; its log says why. {again}")
+        why = "its log says why: perhaps it wants a certificate of ours"
+        return SinkFault(f"the audit record repository {self._name} {how} the connection; {why}. {again}")
 
 
 def _unacknowledged(connection: socket.socket) -> int:
@@ -370,7 +379,7 @@ class AuditSink:
         """Send until `stop` is set. What is under way then is confirmed if that is quick, and else sent again by whoever sends next."""
         while not stop.is_set():
             try:
-                pause = self._step(stop) if self._hold() else self._lease_s / 4
+                pause = self._step(stop) if self._hold() else min(self._lease_s / 4, _ASIDE_S)
             except _Stopped:
                 break
             except LeaseLost as error:
@@ -404,7 +413,7 @@ class AuditSink:
             return min(left, self._lease_s / 8)
         if not self._outbox.after(subscriber.cursor, limit=1):
             self._database.changed(_LOOK_S)
-            return 0.0
+            return _TOGETHER_S
         try:
             cursor = self._deliver(subscriber, stop)
         except SinkFault as fault:

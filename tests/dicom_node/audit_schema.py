@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from xml.etree import ElementTree as ET
 
-_TOKEN = re.compile(r"\S+( \S+)*|", re.DOTALL)
-
 
 def _any(_value: str) -> bool:
     return True
 
 
-def _token(value: str) -> bool:
-    return _TOKEN.fullmatch(value) is not None or value.strip() == value  # a token with more spaces is read with one
+def _token(_value: str) -> bool:
+    return True  # of any text: white space is collapsed before it is looked at
 
 
 def _boolean(value: str) -> bool:

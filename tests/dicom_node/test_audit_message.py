@@ -49,7 +49,10 @@ def told(event: AuditEvent, **options: Any) -> Message:
     actor=TEXT | st.sampled_from(["node", "operator"]),
     subject=TEXT,
     detail=st.dictionaries(
-        TEXT | st.sampled_from(["calling_ae_title", "address", "study_instance_uid", "destination", "folder", "keys", "instances", "kind"]),
+        TEXT
+        | st.sampled_from(
+            ["calling_ae_title", "address", "study_instance_uid", "destination", "folder", "keys", "instances", "kind", "user"]
+        ),
         TEXT | st.integers() | st.dictionaries(TEXT, TEXT, max_size=3) | st.lists(TEXT, max_size=3),
         max_size=6,
     ),
@@ -123,6 +126,14 @@ def test_codes(event: AuditEvent, code: str, action: str, outcome: str, roles: l
     assert at(message, "EventIdentification", "EventOutcomeIndicator") == [outcome]
     assert at(message, "EventIdentification/EventTypeCode")[-1] == event.action
     assert at(message, "ActiveParticipant/RoleIDCode") == roles
+
+
+def test_a_user_is_the_requestor() -> None:
+    """Who identified at the door asked, not the machine; of all participants one is the requestor."""
+    detail = {"user": "dr.who@clinic", "address": "10.0.0.1"}
+    message = told(AuditEvent("instance.retrieved", "success", "VIEWER", "1.2", detail))
+    asked = {one.get("UserID"): one.get("UserIsRequestor") for one in message.root.findall("ActiveParticipant")}
+    assert asked == {"DERM_NODE": "false", "VIEWER": "false", "dr.who@clinic": "true"}
 
 
 def test_every_action_of_the_trail_has_its_kind() -> None:
