@@ -487,7 +487,7 @@ class StorageSCP:
     def _at_a_glance(self, request: bytes, address: str) -> Rejection | None:
         """Reject who bears the AE title of no peer, as far as that is known without looking anything up.
 
-        A request whose PDU is decoded and that gets a thread costs a hundred times that.
+        A request whose PDU is decoded and that gets a thread costs twenty times that.
         """
         called, calling = (_title(one) for one in titles(request))
         if called is None or calling is None or not request[7] & 1 or self._peers.known_title(calling) is not False:
