@@ -87,8 +87,8 @@ class DimseSection(Section):
     association_requests_per_s: float = Field(
         100.0,
         ge=0,
-        description="Association requests of one address that are looked at in a second; more wait for their turn, the AE titles there "
-        "one after the other. 0: as many as come.",
+        description="Association requests of one address that a receiving process looks at in a second; more wait for their turn, the "
+        "AE titles there one after the other. 0: as many as come.",
     )
     association_request_burst: int = Field(200, ge=1, description="So many of them at once after a pause.")
     accept_unknown_peers: Literal["loopback", "never"] = Field(

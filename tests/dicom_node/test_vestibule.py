@@ -471,6 +471,35 @@ def test_no_turn_in_time_is_a_transient_rejection() -> None:
         vestibule.stop()
 
 
+def test_senders_behind_one_address_wait_and_lose_nothing(rooms: Rooms) -> None:
+    """Four senders at one address with an association for each instance, two at once each: all wait, none is rejected, all is stored."""
+    titles = ["CAMERA1", "CAMERA2", "CAMERA3", "PACS"]
+    peers = Peers([Peer(title.lower(), title, "127.0.0.0/8", 0) for title in titles])
+    stored: list[int] = []
+    with open_door(rooms, peers=peers, association_requests_per_s=50.0, association_request_burst=4) as door:
+
+        def sender(title: str) -> None:
+            for _ in range(10):
+                data_set = draw()
+                with ScriptedPeer(door.port) as peer:
+                    assert peer.associate(STORE_CONTEXT, calling=title) == ASSOCIATE_AC
+                    request = pdu(P_DATA, pdv(1, 3, store_rq(SECONDARY_CAPTURE, data_set.SOPInstanceUID)))
+                    peer.send(request, pdu(P_DATA, pdv(1, 2, encoded(data_set))))
+                    stored.append(peer.status())
+                    peer.release()
+
+        before = rooms.count()
+        threads = [threading.Thread(target=sender, args=(title,)) for title in titles * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        door.settle()
+    assert stored == [0] * 80
+    assert rooms.count() - before == 80
+    assert door.events.counts["association.rejected"] == 0
+
+
 def test_strangers_are_rejected_without_a_thread(rooms: Rooms) -> None:
     """An AE title that no peer bears, and another called one with it, cost no thread; each is noted, in a turn of all strangers' (11)."""
     peers = Peers([Peer("known", "KNOWN", "*", 0)])
