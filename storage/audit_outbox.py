@@ -155,9 +155,10 @@ class AuditOutbox:
             return ""  # without its database nothing is taken in anyway, and for that reason
         if waiting.records <= self._refuse_after:
             return ""
+        # Without their number: the refusal diary has one row for what repeats
         return (
-            f"{waiting.records} audit records were not taken by the audit record repository yet, {self._refuse_after} may wait "
-            "(audit.refuse_after): nothing more is taken in until it has them; see why it does not take them, then send again"
+            f"more than {self._refuse_after} audit records were not taken by the audit record repository yet (audit.refuse_after): nothing "
+            "more is taken in until it has them; see why it does not take them, then send again"
         )
 
 

@@ -75,6 +75,8 @@ def test_away_then_too_much_then_back(tmp_path: Path) -> None:
         assert "audit" in refused.comment
         said = node.command("send", "--demo", "--to", node.base_url, expect=1)
         assert "answered 503" in said.stdout + said.stderr
+        # The diary learns it some moments later, once for all
+        await_that(node, lambda: "audit.refuse_after" in node.command("refusals", "--json").stdout)
         assert readiness(node)[0] == 503
         assert "audit.refuse_after" in readiness(node)[1]
         assert gauge(node, "dicom_node_audit_backlog") == waiting > 5, "what is refused for it leaves no records that wait"
