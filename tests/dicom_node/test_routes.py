@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
+from structlog.testing import capture_logs
+
+from dicom_node.config import load
+from dicom_node.node import routing
 from dicom_node.peers import Peer, Peers
 from dicom_node.routes import Route, Routing
 from storage.records import Origin
@@ -34,3 +39,13 @@ def test_a_route_may_name_who_is_not_there_yet() -> None:
     assert back.destinations(CAMERA, "summary") == ()
     itself = Routing(peers=Peers(), routes=[Route("*", ("camera",))])
     assert itself.destinations(CAMERA, "summary") == ()
+
+
+def test_the_start_says_which_routes_name_nobody(tmp_path: Path) -> None:
+    """A route to who is no peer yet is no fault, but said at the start of who decides about routes, with what to do."""
+    path = tmp_path / "node.toml"
+    path.write_text('[[routes]]\nto = ["later", "pacs"]\n[[peers]]\nname = "pacs"\nae_title = "PACS"\nhost = "192.0.2.1"\nport = 104\n')
+    with capture_logs() as logs:
+        routing(load(path, {}), Peers([PACS]))
+    assert [(one["event"], one["peer"]) for one in logs] == [("route.nobody", "later")]
+    assert "`dicom-node peers add later ...`" in logs[0]["reason"]
