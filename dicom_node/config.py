@@ -284,7 +284,9 @@ class InferenceSection(Section):
     enabled: bool = Field(default=True, description="Analyse what arrives.")
     workers: int = Field(1, ge=1, le=64, description="Worker processes.")
     threads: int = Field(0, ge=0, description="Threads of the network in each worker; 0: as many as processors, shared among the workers.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where networks run; auto: cuda when present.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where networks run; auto: cuda when present; cuda: the CPU stands in, and says so, while there is none."
+    )
     bundles: tuple[str, ...] = Field(
         (),
         description="Folders of model bundles, each optionally pinned as folder@sha256:digest; "
