@@ -254,8 +254,13 @@ class Database:
         try:
             with self._begun() as connection:
                 self._require_schema(connection)
-                yield connection
-                self._backend.end_read(connection)
+                try:
+                    yield connection
+                    self._backend.end_read(connection)
+                except BaseException as error:
+                    if self._backend.lost(error):
+                        connection.invalidate()  # the pool would try to roll it back, and log a trace
+                    raise
         except self._engine_errors as error:
             self._raise_as_ours(error)
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -161,6 +162,30 @@ def test_connections_lost_while_idle_are_noticed_by_nobody(durable: Database, du
     for number in range(3):
         assert (trail.record(AuditEvent("x", "success", "y")), trail.head()[0]) == (number + 1, number + 1)
         durable_server.execute("SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity WHERE application_name = 'dicom-node'")
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_connection_that_is_cut_in_a_read_is_a_sentence(
+    durable: Database, durable_server: PostgresqlServer, caplog: pytest.LogCaptureFixture, asks: bool
+) -> None:
+    """The server is gone at the next question, or at the end: Unavailable, and no trace of the program in the log (cluster, seed 4)."""
+    with durable.read():
+        pass  # what is asked once was asked
+
+    def read() -> None:
+        with durable.read() as connection:
+            driver: Any = connection.connection.driver_connection
+            os.kill(driver.info.backend_pid, signal.SIGKILL)
+            if asks:
+                driver.execute("SELECT 1")
+
+    with pytest.raises(Unavailable):
+        read()
+    durable_server.stop("immediate")
+    durable_server.start()
+    with durable.read() as connection:
+        assert connection.execute(text("SELECT 1")).scalar_one() == 1
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 def test_who_waits_for_changes_hears_them_again(durable: Database, durable_server: PostgresqlServer) -> None:
