@@ -195,6 +195,7 @@ class StoreSession:
                 self._fail(part, error)
             else:
                 self.outcomes.append(Stored(receipt))
+                part.intake.settle()
                 self._meter.instance(door="dicomweb", outcome=receipt.outcome.value, byte_count=part.byte_count)
                 return
         if part.failure is not None:
