@@ -170,6 +170,7 @@ class Intake:
             self.abort()
             raise
         self._state = IntakeState.COMMITTED
+        self._file.release()
         self._reach("receipt.ready")
         return receipt
 

@@ -204,6 +204,11 @@ class LandingFile:
         self._landing.flown(byte_count)
         self._in_flight += byte_count
 
+    def release(self) -> None:
+        """Count its bytes no longer: they are committed, or given up."""
+        self._landing.flown(-self._in_flight)
+        self._in_flight = 0
+
     def flush(self) -> None:
         """Bring the bytes to the disk; on return a power cut cannot take them."""
         try:
@@ -220,8 +225,7 @@ class LandingFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-            self._landing.flown(-self._in_flight)
-            self._in_flight = 0
+            self.release()
 
     def discard(self) -> None:
         """Close and remove; no error when the store has consumed the file."""
