@@ -39,7 +39,7 @@ def draw(results: Mapping[str, Any], path: Path, *, title: str) -> None:
             body.append(_text(12, middle, SIZES.get(kind, kind)))
             for name in COLOURS:
                 if name in line:
-                    body.extend(_bar(y, name, line[name]["per second"], line["Orthanc"]["per second"]))
+                    body.extend(_bar(y, name, line[name]["per second"], line[name].get("ratio", 1.0)))
                     y += _BAR + 2
             y += _GAP
         body.append(f'<line x1="{_x(1)}" x2="{_x(1)}" y1="{top}" y2="{y - _GAP}" stroke="#444" stroke-dasharray="3 3"/>')
@@ -54,11 +54,10 @@ def draw(results: Mapping[str, Any], path: Path, *, title: str) -> None:
     )
 
 
-def _bar(y: int, name: str, rate: float, base: float) -> Iterator[str]:
-    ratio = rate / base
+def _bar(y: int, name: str, rate: float, ratio: float) -> Iterator[str]:
     cut = ratio > _LIMIT
     yield f'<rect x="{_LEFT}" y="{y}" width="{_x(min(ratio, _LIMIT)) - _LEFT:.1f}" height="{_BAR}" fill="{COLOURS[name]}"/>'
-    words = f"{name}  {ratio:.2f}  ({rate:.3g}/s{', bar cut' if cut else ''})"
+    words = f"{name}  {ratio:.2f}  ({rate:,.{1 if rate < 100 else 0}f}/s{', bar cut' if cut else ''})"
     yield _text(_x(min(ratio, _LIMIT)) + 5, y + _BAR - 2, words)
 
 

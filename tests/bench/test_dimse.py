@@ -41,13 +41,14 @@ def test_everybody_takes_a_turn(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_figure_shows_every_contender(tmp_path: Path) -> None:
-    """The figure is well-formed, and names whom it shows with rate and ratio; a setting without Orthanc is left out."""
-    line = {"node": {"per second": 50.0}, "Orthanc": {"per second": 25.0}, "floor": {"per second": 500.0}}
+    """The figure is well-formed, and names whom it shows with rate and ratio, the median of the rounds; a setting without Orthanc is left out."""
+    node, floor = {"per second": 50.0, "ratio": 2.0}, {"per second": 1500.0, "ratio": 61.0}
+    line = {"node": node, "Orthanc": {"per second": 25.0}, "floor": floor}
     results = {"a < b": {"tiny": line, "load": [1, 2]}, "by storescu": {"tiny": {"node": {"per second": 1.0}}, "load": [1, 2]}}
     draw(results, tmp_path / "figure.svg", title="today")
     tree = ET.parse(tmp_path / "figure.svg")  # noqa: S314 - written a line above
     words = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
     assert "a < b" in words
-    assert "node  2.00  (50/s)" in words
-    assert "floor  20.00  (500/s, bar cut)" in words
+    assert "node  2.00  (50.0/s)" in words
+    assert "floor  61.00  (1,500/s, bar cut)" in words
     assert "by storescu" not in words
