@@ -41,7 +41,7 @@ def test_everybody_takes_a_turn(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_figure_shows_every_contender(tmp_path: Path) -> None:
-    """The figure is well-formed, and names whom it shows with rate and ratio, the median of the rounds; a setting without Orthanc is left out."""
+    """The figure is well-formed, names whom it shows with rate and ratio (median of the rounds); a setting without Orthanc is left out."""
     node, floor = {"per second": 50.0, "ratio": 2.0}, {"per second": 1500.0, "ratio": 61.0}
     line = {"node": node, "Orthanc": {"per second": 25.0}, "floor": floor}
     results = {"a < b": {"tiny": line, "load": [1, 2]}, "by storescu": {"tiny": {"node": {"per second": 1.0}}, "load": [1, 2]}}
