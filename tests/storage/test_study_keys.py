@@ -435,11 +435,8 @@ def test_rotate_passes_over_a_damaged_key(site: Site, caplog: pytest.LogCaptureF
         keys.retire(old_id)
 
 
-def test_a_document_that_the_store_spoilt_while_rotating_is_put_again(site: Site) -> None:
-    """A store that replaces a good document by half of the new one, and then fails: the next round of the duty puts it right."""
-    keys = site.node()
-    study_key_id, wrapped, data_key = site.admit(keys, stored=True)
-    Ring.add(site.path)
+def rotate_and_spoil(site: Site, keys: StudyKeys) -> None:
+    """Rotate into a store that replaces a good document by half of the new one, and then fails."""
 
     def spoil(name: str, content: bytes) -> None:
         site.store.put_document(name, content[: len(content) // 2])
@@ -447,6 +444,14 @@ def test_a_document_that_the_store_spoilt_while_rotating_is_put_again(site: Site
 
     with pytest.raises(Unavailable):
         keys.rotate(put_document=spoil, delete_document=site.store.delete_document)
+
+
+def test_a_document_that_the_store_spoilt_while_rotating_is_put_again(site: Site) -> None:
+    """A store that replaces a good document by half of the new one, and then fails: the next round of the duty puts it right."""
+    keys = site.node()
+    study_key_id, wrapped, data_key = site.admit(keys, stored=True)
+    Ring.add(site.path)
+    rotate_and_spoil(site, keys)
     keys.publish_all(put_document=site.store.put_document, delete_document=site.store.delete_document)
     assert site.node().from_document(site.documents()[study_key_id]).id == study_key_id
     assert site.node().unwrap(study_key_id, wrapped) == data_key
@@ -459,13 +464,7 @@ def test_who_put_no_document_does_not_vouch_for_one(site: Site) -> None:
     keys = site.node()
     study_key_id, wrapped, data_key = site.admit(keys, stored=True)
     Ring.add(site.path)
-
-    def spoil(name: str, content: bytes) -> None:
-        site.store.put_document(name, content[: len(content) // 2])
-        raise Unavailable("the store does not give back what it took")
-
-    with pytest.raises(Unavailable):
-        keys.rotate(put_document=spoil, delete_document=site.store.delete_document)
+    rotate_and_spoil(site, keys)
     assert site.admit(keys, stored=True)[0] == study_key_id
     assert keys.publish_all(put_document=site.store.put_document, delete_document=site.store.delete_document) == 1
     assert site.node().from_document(site.documents()[study_key_id]).id == study_key_id
