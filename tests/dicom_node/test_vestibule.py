@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from dicom_node.dimse.connection import TlsConnection
+from dicom_node.dimse.connection import PlainConnection, TlsConnection
 from dicom_node.dimse.receive import ReceiveLimits
 from dicom_node.dimse.slots import Slots
 from dicom_node.dimse.vestibule import Turned, Vestibule, request_fault
@@ -399,18 +400,27 @@ def test_partial_requests_have_a_budget() -> None:
         vestibule.stop()
 
 
+@contextlib.contextmanager
+def hanging_up(listener: socket.socket, **settings: Any) -> Iterator[tuple[Vestibule, list[bytes]]]:
+    """Run a vestibule behind which everybody is hung up on at his turn; also the AE titles that had theirs."""
+    entered: list[bytes] = []
+
+    def enter(connection: PlainConnection | TlsConnection, _address: object, request: bytes) -> None:
+        entered.append(request[26:42].strip())
+        connection.close()
+
+    vestibule = Vestibule(listener, enter=enter, **settings)
+    vestibule.start()
+    try:
+        yield vestibule, entered
+    finally:
+        vestibule.stop()
+
+
 def test_a_flood_of_requests_waits_for_its_turns(rooms: Rooms) -> None:
     """Whole requests beyond the rate of an address wait without a thread; another AE title there is next (threats 6, 7)."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=200)
-    entered: list[bytes] = []
-
-    def enter(connection: object, _address: object, request: bytes) -> None:
-        entered.append(request[26:42].strip())
-        connection.close()  # type: ignore[attr-defined]
-
-    vestibule = Vestibule(listener, enter=enter, handshake_s=60.0, requests_per_s=2.0, burst=2)  # type: ignore[arg-type]
-    vestibule.start()
-    try:
+    with hanging_up(listener, handshake_s=60.0, requests_per_s=2.0, burst=2) as (_, entered):
         port = listener.getsockname()[1]
         flood = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         for one in flood:
@@ -422,22 +432,12 @@ def test_a_flood_of_requests_waits_for_its_turns(rooms: Rooms) -> None:
         assert entered.count(b"FLOOD") < 20
         for one in (*flood, honest):
             one.close()
-    finally:
-        vestibule.stop()
 
 
 def test_who_hangs_up_takes_nobodys_turn() -> None:
     """A thousand who asked and went away while they waited are not looked at; one who stayed behind them is (threats 6, 7)."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=200)
-    entered: list[bytes] = []
-
-    def enter(connection: object, _address: object, request: bytes) -> None:
-        entered.append(request[26:42].strip())
-        connection.close()  # type: ignore[attr-defined]
-
-    vestibule = Vestibule(listener, enter=enter, handshake_s=60.0, requests_per_s=1.0, burst=1)  # type: ignore[arg-type]
-    vestibule.start()
-    try:
+    with hanging_up(listener, handshake_s=60.0, requests_per_s=1.0, burst=1) as (vestibule, entered):
         port = listener.getsockname()[1]
         for _ in range(1000):
             with socket.create_connection(("127.0.0.1", port)) as gone:
@@ -447,28 +447,18 @@ def test_who_hangs_up_takes_nobodys_turn() -> None:
             assert stays.recv(1) == b""
         assert len(entered) < 50
         assert vestibule.waiting == 0
-    finally:
-        vestibule.stop()
 
 
 def test_no_turn_in_time_is_a_transient_rejection() -> None:
     """Whose turn does not come within the handshake time is told to try again, A-ASSOCIATE-RJ(2,3,1), and the node why (threat 6)."""
     listener = socket.create_server(("127.0.0.1", 0))
     turned: list[Turned] = []
-
-    def enter(connection: object, _address: object, _request: bytes) -> None:
-        connection.close()  # type: ignore[attr-defined]
-
-    vestibule = Vestibule(listener, enter=enter, handshake_s=0.2, requests_per_s=0.001, burst=1, turned=turned.append)  # type: ignore[arg-type]
-    vestibule.start()
-    try:
+    with hanging_up(listener, handshake_s=0.2, requests_per_s=0.001, burst=1, turned=turned.append) as _:
         for answer in (b"", bytes((3, 0, 0, 0, 0, 4, 0, 2, 3, 1))):
             with socket.create_connection(listener.getsockname(), timeout=30) as caller:
                 caller.sendall(associate_rq([STORE_CONTEXT]))
                 assert caller.recv(100) == answer
         assert [one.reason for one in turned] == ["too many association requests a second of this address"]
-    finally:
-        vestibule.stop()
 
 
 def test_senders_behind_one_address_wait_and_lose_nothing(rooms: Rooms) -> None:
