@@ -460,7 +460,7 @@ class Orphans:
         while page := [name.rpartition("/")[2] for name in islice(names, _PAGE)]:
             with self._database.read() as connection:
                 rows = connection.execute(select(STUDY_KEYS.c.id, STUDY_KEYS.c.stored).where(STUDY_KEYS.c.id.in_(page)))
-                stored = {row.id: bool(row.stored) for row in rows}
+                stored = {row.id: row.stored == 1 for row in rows}
             for study_key_id in page:
                 name = document_name(study_key_id)
                 over = stored.get(study_key_id, False)

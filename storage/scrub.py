@@ -52,7 +52,9 @@ _KEYS = (
     .limit(_PAGE)
 )
 _UNSTORED = (
-    update(STUDY_KEYS).where(STUDY_KEYS.c.id == bindparam("study_key_id"), STUDY_KEYS.c.wrapped == bindparam("was")).values(stored=0)
+    update(STUDY_KEYS)
+    .where(STUDY_KEYS.c.id == bindparam("study_key_id"), STUDY_KEYS.c.wrapped == bindparam("was"), STUDY_KEYS.c.stored == 1)
+    .values(stored=0)
 )
 _log = logging.getLogger(__name__)
 

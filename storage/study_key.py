@@ -37,6 +37,8 @@ class StudyKey:
     created_at: datetime
     stored: bool = False
     """Whether its document is known to be in the object store."""
+    doubt: int = 0
+    """If not: which replacing of it the row told of when it was read, negative; 0: none."""
 
 
 def document_name(study_key_id: str) -> str:

@@ -29,7 +29,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
-from sqlalchemy import BigInteger, Column, Integer, Row, Table, Text, bindparam, delete, func, insert, select, update
+from sqlalchemy import BigInteger, Column, Integer, Row, Table, Text, bindparam, case, delete, func, insert, select, update
 
 from storage.database import METADATA, from_micros, to_micros
 from storage.errors import IntegrityError, Unavailable
@@ -52,6 +52,8 @@ STUDY_KEYS: Final = Table(
     Column("study_instance_uid", Text, nullable=False, index=True),
     Column("wrapping_key_id", Text, nullable=False, index=True),
     Column("wrapped", Text, nullable=False),
+    # 1: its document is in the object store. 0: nobody put it yet, and who does marks it. Negative: it was replaced, perhaps by something
+    # spoilt; every such doubt is another number, so that no older knowledge counts.
     Column("stored", Integer, nullable=False),
     Column("created_at", BigInteger, nullable=False),
 )
@@ -60,13 +62,17 @@ _T = STUDY_KEYS.c
 _FIND = Prepared(select(STUDY_KEYS).where(_T.id == bindparam("study_key_id")))
 _OF_STUDY = Prepared(select(STUDY_KEYS).where(_T.study_instance_uid == bindparam("study")).order_by(_T.created_at, _T.id))
 _ADD = Prepared(insert(STUDY_KEYS))
-_IS_STORED = update(STUDY_KEYS).where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was")).values(stored=1)
+_MARK = update(STUDY_KEYS).where(_T.id == bindparam("study_key_id")).values(stored=bindparam("mark"))
 _RE_WRAP = (
     update(STUDY_KEYS)
     .where(_T.id == bindparam("study_key_id"), _T.wrapped == bindparam("was"))
-    .values(wrapping_key_id=bindparam("by"), wrapped=bindparam("now"), stored=1)
+    .values(
+        wrapping_key_id=bindparam("by"),
+        wrapped=bindparam("now"),
+        stored=case((_T.stored == bindparam("doubt"), 1), else_=bindparam("again")),
+    )
 )
-_UNSURE = update(STUDY_KEYS).where(_T.id.in_(bindparam("study_key_ids", expanding=True))).values(stored=0)
+_UNSURE = update(STUDY_KEYS).where(_T.id.in_(bindparam("study_key_ids", expanding=True))).values(stored=bindparam("doubt"))
 _LEFT = (
     select(STUDY_KEYS)
     .where(_T.wrapping_key_id != bindparam("primary"), _T.id > bindparam("after"))
@@ -189,13 +195,12 @@ class StudyKeys:
         if row is None:
             self._require_fit(study_key)
             _ADD.run(connection, _values(study_key, stored=stored))
-        elif stored and not row.stored:
-            # Who remembered a document put none: since then a rotation replaces it, and perhaps the store spoils that. It is put again.
-            if not study_key.stored:
+        elif stored and row.stored == 0:
+            if not study_key.stored:  # who remembered a document put none
                 self.mark_stored_in(connection, study_key)
-        elif stored and row.wrapped != _text(study_key.wrapped):
-            # re-wrapped while the older document was on its way, which may have replaced the newer one: it has to be put again
-            connection.execute(update(STUDY_KEYS).where(_T.id == study_key.id).values(stored=0))
+        elif stored and (row.wrapped != _text(study_key.wrapped) if row.stored == 1 else not study_key.stored):
+            # re-wrapped, or about to be, while this document was on its way, which may have replaced the newer one: it has to be put again
+            connection.execute(_MARK, {"study_key_id": study_key.id, "mark": _new_doubt()})
         self._database.on_commit(lambda: self._seen_in_table(study_key.id, stored=row is None and stored))
 
     def restore_in(self, connection: Connection, study_key: StudyKey, *, stored: bool = True) -> None:
@@ -365,10 +370,11 @@ class StudyKeys:
     def publish_all(self, *, put_document: PutDocument, delete_document: DeleteDocument) -> int:
         """Put the documents of all keys that are not known to be in the store; return how many. A duty of every node.
 
-        A key that cannot be opened is passed over, and stands in the log. Unavailable as `publish`.
+        A key that cannot be opened is passed over, and stands in the log. One whose rotation did not end is put each time until one does.
+        Unavailable as `publish`.
         """
         done, after = 0, ""
-        statement = select(_T.id).where(_T.stored == 0, _T.id > bindparam("after")).order_by(_T.id).limit(_BATCH)
+        statement = select(_T.id).where(_T.stored != 1, _T.id > bindparam("after")).order_by(_T.id).limit(_BATCH)
         while True:
             with self._database.read() as connection:
                 ids = list(connection.scalars(statement, {"after": after}))
@@ -385,11 +391,26 @@ class StudyKeys:
                 done += 1
 
     def mark_stored_in(self, connection: Connection, study_key: StudyKey) -> bool:
-        """Inside of a ``Database.write``: record that ``document(study_key)`` is in the store; False when the key changed meanwhile."""
-        marked = connection.execute(_IS_STORED, {"study_key_id": study_key.id, "was": _text(study_key.wrapped)}).rowcount == 1
-        if marked:
+        """Inside of a ``Database.write``: record that ``document(study_key)`` was put into the store.
+
+        Returns
+        -------
+        bool
+            False when the row is not as it was when `study_key` was read: what was put may have replaced something newer, or may have
+            been replaced.
+
+        Notes
+        -----
+        While a rotation is under way it replaces the document after all, so nobody else vouches for one that it doubts; and nobody knows
+        whether a rotation that does not end still has a request on its way. What it doubts is wrapped by another than the primary key.
+        """
+        row = _FIND.first(connection, {"study_key_id": study_key.id})
+        if row is None or row.wrapped != _text(study_key.wrapped) or row.stored != _mark(study_key):
+            return False
+        if row.stored >= 0 or row.wrapping_key_id == self._ring.primary_key_id:
+            connection.execute(_MARK, {"study_key_id": study_key.id, "mark": 1})
             self._database.on_commit(lambda: self._seen_in_table(study_key.id, stored=True))
-        return marked
+        return True
 
     def known(self, study_key_ids: Iterable[str]) -> set[str]:
         """Return those of the ids (a few hundred at most) that are in the table; the document of any other is an orphan."""
@@ -444,12 +465,13 @@ class StudyKeys:
                 total = done + self._count_left()
                 while batch := self._left(after):
                     after = batch[-1].id
-                    self._database.write(partial(_doubt_in, study_key_ids=[row.id for row in batch]))
+                    doubt = _new_doubt()
+                    self._database.write(partial(_doubt_in, study_key_ids=[row.id for row in batch], doubt=doubt))
                     tasks = [pool.submit(self._re_wrapped, row, put_document) for row in batch]
                     pairs = [(row, task.result()) for row, task in zip(batch, tasks, strict=True)]
                     fresh = [(row, key) for row, key in pairs if key is not None]
                     damaged += len(batch) - len(fresh)
-                    changed = self._database.write(partial(_replace_in, fresh=fresh))
+                    changed = self._database.write(partial(_replace_in, fresh=fresh, doubt=doubt))
                     self._reach("rotate.row")
                     for row, _ in fresh:
                         if row.id not in changed:
@@ -531,7 +553,9 @@ class StudyKeys:
         known = self._fresh(row.id)
         secret = known.secret if known is not None and known.wrapped == wrapped else self._ring.unwrap(row.wrapping_key_id, wrapped, row.id)
         created_at = from_micros(row.created_at)
-        return StudyKey(row.id, row.study_instance_uid, secret, row.wrapping_key_id, wrapped, created_at, bool(row.stored))
+        return StudyKey(
+            row.id, row.study_instance_uid, secret, row.wrapping_key_id, wrapped, created_at, row.stored == 1, min(row.stored, 0)
+        )
 
     def _remembered(self, study_instance_uid: str) -> StudyKey | None:
         """Return the key that was current for the study, if it still may be."""
@@ -567,7 +591,8 @@ class StudyKeys:
             held = self._held.get(study_key_id)
             if held is not None:
                 held.in_table = True
-                held.key = replace(held.key, stored=held.key.stored or stored)
+                if stored:
+                    held.key = replace(held.key, stored=True, doubt=0)
 
     def _drop(self, study_key_ids: Iterable[str]) -> None:
         with self._lock:
@@ -580,16 +605,28 @@ class StudyKeys:
             del self._current[held.key.study_instance_uid]
 
 
-def _doubt_in(connection: Connection, study_key_ids: list[str]) -> None:
+def _new_doubt() -> int:
+    """Return what a row's mark becomes when its document is replaced: a number that no one knew before."""
+    return -1 - secrets.randbelow(2**31 - 1)
+
+
+def _mark(key: StudyKey) -> int:
+    """Return the mark of a key's row as it was when the key was read."""
+    return 1 if key.stored else key.doubt
+
+
+def _doubt_in(connection: Connection, study_key_ids: list[str], doubt: int) -> None:
     """Note that the documents of these keys are about to be replaced."""
-    connection.execute(_UNSURE, {"study_key_ids": study_key_ids})
+    connection.execute(_UNSURE, {"study_key_ids": study_key_ids, "doubt": doubt})
 
 
-def _replace_in(connection: Connection, fresh: list[tuple[Row[Any], StudyKey]]) -> set[str]:
+def _replace_in(connection: Connection, fresh: list[tuple[Row[Any], StudyKey]], doubt: int) -> set[str]:
     """Write the new wraps of those rows that are still as they were read; return their ids."""
     changed = set()
     for row, key in fresh:
         values = {"study_key_id": row.id, "was": row.wrapped, "by": key.wrapping_key_id, "now": _text(key.wrapped)}
+        # another doubt than ours: somebody put a document meanwhile, perhaps over the new one
+        values |= {"doubt": doubt, "again": _new_doubt()}
         if connection.execute(_RE_WRAP, values).rowcount == 1:
             changed.add(row.id)
     return changed

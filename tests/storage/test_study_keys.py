@@ -342,7 +342,7 @@ def test_older_document_stored_beside_a_rotation(site: Site) -> None:
     site.rotate(site.node())
     site.store.put_document(document_name(key.id), keys.document(key))
     site.database.write(lambda connection: keys.store_in(connection, key, stored=True))
-    assert site.rows()[key.id].stored == 0
+    assert site.rows()[key.id].stored != 1
     assert site.node().publish_all(put_document=site.store.put_document, delete_document=site.store.delete_document) == 1
     row = site.rows()[key.id]
     assert row.stored == 1
@@ -469,6 +469,87 @@ def test_who_put_no_document_does_not_vouch_for_one(site: Site) -> None:
     assert keys.publish_all(put_document=site.store.put_document, delete_document=site.store.delete_document) == 1
     assert site.node().from_document(site.documents()[study_key_id]).id == study_key_id
     assert site.node().unwrap(study_key_id, wrapped) == data_key
+
+
+@pytest.mark.parametrize("when", ["before the spoilt put", "after it"])
+@pytest.mark.parametrize("known", ["before the doubt", "since the doubt"])
+@pytest.mark.parametrize("who", ["a sender", "the Mover", "the duty"])
+def test_nobody_vouches_for_what_a_rotation_spoils(site: Site, who: str, known: str, when: str) -> None:
+    """Whoever puts a document beside a rotation that spoils it and fails, and whenever that is committed: the duty puts it again.
+
+    They are held, by events, between what they know of the row and their commit.
+    """
+    keys, other = site.node(), site.node()
+    study_key_id, wrapped, data_key = site.admit(keys)
+    Ring.add(site.path)
+    read, may_commit = threading.Event(), threading.Event()
+
+    def put_and_wait(name: str, content: bytes) -> None:
+        site.store.put_document(name, content)
+        read.set()
+        assert may_commit.wait(60)
+
+    def sender() -> None:
+        key = other.get(study_key_id)
+        put_and_wait(document_name(key.id), other.document(key))
+        site.database.write(lambda connection: other.store_in(connection, key, stored=True))
+
+    def publish() -> None:
+        other.publish(study_key_id, put_document=put_and_wait, delete_document=site.store.delete_document)
+
+    def duty() -> None:
+        other.publish_all(put_document=put_and_wait, delete_document=site.store.delete_document)
+
+    thread = threading.Thread(target={"a sender": sender, "the Mover": publish, "the duty": duty}[who])
+
+    def begin() -> None:
+        thread.start()
+        assert read.wait(60)
+
+    def commit() -> None:
+        may_commit.set()
+        thread.join()
+
+    def spoil(name: str, content: bytes) -> None:
+        if known == "since the doubt":
+            begin()
+        if when == "before the spoilt put":
+            commit()
+        site.store.put_document(name, content[: len(content) // 2])
+        raise Unavailable("the store does not give back what it took")
+
+    if known == "before the doubt":
+        begin()
+    with pytest.raises(Unavailable, match="does not give back"):
+        keys.rotate(put_document=spoil, delete_document=site.store.delete_document)
+    if when == "after it":
+        commit()
+    keys.publish_all(put_document=site.store.put_document, delete_document=site.store.delete_document)
+    assert site.node().from_document(site.documents()[study_key_id]).id == study_key_id
+    assert site.node().unwrap(study_key_id, wrapped) == data_key
+    assert site.rotate(keys) == 1
+    row = site.rows()[study_key_id]
+    assert row.stored == 1
+    assert json.loads(site.documents()[study_key_id])["wrapped"] == row.wrapped
+
+
+def test_an_older_document_over_that_of_a_rotation_is_replaced(site: Site) -> None:
+    """A sender's document of before that comes over the rotation's, and is committed before the row changes, is replaced again."""
+    keys, other = site.node(), site.node()
+    study_key_id = site.admit(keys)[0]
+    former = other.current(STUDY)
+    Ring.add(site.path)
+
+    def late(name: str, content: bytes) -> None:
+        site.store.put_document(name, content)
+        if site.rows()[study_key_id].wrapping_key_id == former.wrapping_key_id:
+            site.store.put_document(name, other.document(former))
+            site.database.write(lambda connection: other.store_in(connection, former, stored=True))
+
+    assert keys.rotate(put_document=late, delete_document=site.store.delete_document) == 1
+    row = site.rows()[study_key_id]
+    assert json.loads(site.documents()[study_key_id])["wrapped"] == row.wrapped
+    assert row.stored == 1
 
 
 def test_rotate_stops_with_the_store(site: Site) -> None:
