@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sqlalchemy import BigInteger, Row, Table, delete, func, insert, select, text
+from sqlalchemy import BigInteger, Row, Table, delete, func, insert, select, text, tuple_
 
 # All that have tables: METADATA has to be whole.
 import storage.audit
@@ -140,14 +140,14 @@ def _copy(source: Connection, target: Connection, progress: Progress) -> Mapping
 def _pages(connection: Connection, table: Table) -> Iterable[list[Row[Any]]]:
     """Give the rows of a table in the order of its key, which both engines compare by bytes."""
     after: tuple[Any, ...] | None = None
-    (key,) = table.primary_key.columns
-    rows = select(table).order_by(key).limit(_PAGE)
+    key = list(table.primary_key.columns)
+    rows = select(table).order_by(*key).limit(_PAGE)
     while True:
-        page = list(connection.execute(rows if after is None else rows.where(key > after[0])))
+        page = list(connection.execute(rows if after is None else rows.where(tuple_(*key) > tuple_(*after))))
         if not page:
             return
         yield page
-        after = (page[-1]._mapping[key],)  # noqa: SLF001 - SQLAlchemy's public accessor
+        after = tuple(page[-1]._mapping[column] for column in key)  # noqa: SLF001 - SQLAlchemy's public accessor
 
 
 def _add(digest: Any, page: Iterable[Row[Any]]) -> None:
@@ -157,8 +157,8 @@ def _add(digest: Any, page: Iterable[Row[Any]]) -> None:
 
 def _go_on_counting(connection: Connection, table: Table) -> None:
     """Have PostgreSQL generate keys above those that were copied; SQLite does so by itself."""
-    (key,) = table.primary_key.columns
-    if connection.dialect.name != "postgresql" or not isinstance(key.type, BigInteger) or key is not table.autoincrement_column:
+    key = table.autoincrement_column
+    if connection.dialect.name != "postgresql" or key is None or not isinstance(key.type, BigInteger):
         return
     highest = connection.execute(select(func.max(key))).scalar()
     if highest is not None:

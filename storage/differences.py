@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, FromClause, Select, and_, func, or_, selec
 
 from storage.database import Database
 from storage.study_keys import STUDY_KEYS
-from storage.tables import INSTANCE_JOIN, INSTANCES, PATIENTS, QUARANTINE, REPORTS, SERIES, SERIES_JOIN, STUDIES
+from storage.tables import INSTANCE_JOIN, INSTANCES, PATIENTS, QUARANTINE, REPORTS, SERIES, SERIES_JOIN, STUDIES, TEXTS, TRIGRAMS
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Row, Table
@@ -40,6 +40,14 @@ _TABLES: Mapping[str, tuple[FromClause, Table, tuple[ColumnElement[Any], ...], f
     ),
     "quarantine": (QUARANTINE, QUARANTINE, (QUARANTINE.c.sop_instance_uid, QUARANTINE.c.sha256), frozenset({"id"}), ()),
     "reports": (REPORTS, REPORTS, (REPORTS.c.sop_instance_uid,), frozenset(), ()),
+    "texts": (TEXTS, TEXTS, (TEXTS.c.value,), frozenset({"id"}), ()),
+    "trigrams": (
+        TRIGRAMS.join(TEXTS, TRIGRAMS.c.text_ref == TEXTS.c.id),
+        TRIGRAMS,
+        (TEXTS.c.value, TRIGRAMS.c.trigram),
+        frozenset({"text_ref"}),
+        (),
+    ),
     "study_keys": (STUDY_KEYS, STUDY_KEYS, (STUDY_KEYS.c.id,), frozenset(), ()),
 }
 
@@ -47,7 +55,7 @@ _TABLES: Mapping[str, tuple[FromClause, Table, tuple[ColumnElement[Any], ...], f
 def differences(first: Database, second: Database, *, at_most: int = 100) -> list[str]:
     """Return how the index of `second` differs from that of `first`, in sentences without identities; empty when they are equal.
 
-    Patients, studies, series, instances, quarantine, reports and study keys. Memory does not grow with them.
+    Patients, studies, series, instances, quarantine, reports, texts and study keys. Memory does not grow with them.
     """
     found: list[str] = []
     for name, (rows, table, key, own, parents) in _TABLES.items():

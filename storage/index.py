@@ -31,6 +31,7 @@ from storage.prepared import Prepared
 from storage.records import INDEXED, InstanceRecord, Level, Match, Origin, Query, ReportRecord, SealedObject, Summary
 from storage.search import members, pages, parents
 from storage.tables import COLUMN_NAMES, INSTANCE_JOIN, INSTANCES, PATIENTS, QUARANTINE, REPORTS, SERIES, STORAGE, STUDIES
+from storage.texts import note_in
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -224,16 +225,15 @@ class Index:
             patient_ref = _ADD_PATIENT.scalar(
                 connection, {"identity": identity, **_matching_values(values, Level.PATIENT), "attributes": _dump(of_patient)}
             )
-        study_ref = _ADD_STUDY.scalar(
-            connection,
-            {
-                "patient_ref": patient_ref,
-                **_matching_values(values, Level.PATIENT, Level.STUDY),
-                "modalities": "",
-                "sop_classes": "",
-                "attributes": _dump(of_study),
-            },
-        )
+        row = {
+            "patient_ref": patient_ref,
+            **_matching_values(values, Level.PATIENT, Level.STUDY),
+            "modalities": "",
+            "sop_classes": "",
+            "attributes": _dump(of_study),
+        }
+        study_ref = _ADD_STUDY.scalar(connection, row)
+        note_in(connection, row)  # a new patient's texts are those of this study
         return int(study_ref)
 
     def _extend(self, connection: Connection, series: _KnownSeries, sop_class_uid: str) -> _KnownSeries:

@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, and_, or_
+from sqlalchemy import Column, ColumnElement, and_, or_, true
 
 from storage.errors import InvalidQuery
 
@@ -88,12 +88,32 @@ def condition(keyword: str, vr: str, columns: Sequence[Column[Any]], value: str)
             return text(columns[0], value)
 
 
+def patterns(vr: str, columns: Sequence[Column[Any]], value: str) -> list[tuple[Sequence[Column[Any]], str]]:
+    """Return the patterns in a key of text or person name that no order of texts helps to find, each with the columns of which one matches.
+
+    All that :func:`condition` finds fulfils all of them.
+    """
+    value = value.replace("\0", "").strip()
+    if vr != "PN":
+        return [(columns, value)] if _is_read(value) else []
+    if not value.strip("*^="):
+        return []
+    groups = _name_groups(value)
+    found = [((column,), group) for column, group in zip(columns, groups, strict=True)] if "=" in value else [(columns, groups[0])]
+    return [(some, wanted) for some, wanted in found if _is_read(wanted) and not _without_end(wanted)]
+
+
+def _is_read(value: str) -> bool:
+    """Tell whether rows have to be looked at for a value: it has a wildcard before its end."""
+    return bool(re.search(r"[*?]", value.rstrip("*")))
+
+
 def text(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
     """Return the condition that `column` matches `value`, in which ``*`` and ``?`` are wildcards."""
     if "*" not in value and "?" not in value:
         return column == value[:LENGTH]
-    prefix = value.rstrip("*")
-    if "*" not in prefix and "?" not in prefix:
+    if not _is_read(value):
+        prefix = value.rstrip("*")
         # a range of texts, compared by their bytes: an index serves it however the statement was prepared
         return and_(column >= prefix, column < after) if (after := _after(prefix)) else column >= prefix
     return column.like(pattern(value), escape="!")
@@ -153,16 +173,21 @@ def combined(dates: tuple[Column[Any], str], times: tuple[Column[Any], str], key
 def _person_name(columns: Sequence[Column[Any]], value: str) -> ColumnElement[bool]:
     groups = _name_groups(value)
     if "=" in value:
-        return and_(*(_group(column, group) for column, group in zip(columns, groups, strict=True) if group.strip("*")))
+        wanted = [_group(column, group) for column, group in zip(columns, groups, strict=True) if group.strip("*")]
+        return and_(true(), *wanted)
     return or_(*(_group(column, groups[0]) for column in columns))
 
 
 def _group(column: Column[Any], wanted: str) -> ColumnElement[bool]:
     """Return the condition on one component group; stored ones have lost empty last components, so ``smith^*`` is also ``smith``."""
+    bare = _without_end(wanted)
+    return or_(text(column, wanted), column == bare) if bare else text(column, wanted)
+
+
+def _without_end(wanted: str) -> str:
+    """Return what a wanted group matches besides: itself without a last component that may be empty; nothing if it has none such."""
     bare = re.sub(r"[\s^*]+$", "", wanted)
-    if bare and wanted.endswith("*") and "^" in wanted[len(bare) :] and not re.search(r"[*?]", bare):
-        return or_(text(column, wanted), column == bare)
-    return text(column, wanted)
+    return bare if wanted.endswith("*") and "^" in wanted[len(bare) :] and not re.search(r"[*?]", bare) else ""
 
 
 def _name_groups(value: str) -> list[str]:

@@ -16,6 +16,7 @@ from sqlalchemy import bindparam, delete, exists, or_, select, update
 
 from storage.search import pages
 from storage.tables import INSTANCE_JOIN, INSTANCES, PATIENTS, QUARANTINE, REPORTS, SERIES, STUDIES
+from storage.texts import forget_unused_in, texts_in
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -95,7 +96,9 @@ def _remove_empty(connection: Connection, series: list[int]) -> None:
     connection.execute(delete(SERIES).where(SERIES.c.id.in_(series), no_instance))
     for page in pages(sorted(studies)):
         patients = set(connection.scalars(select(STUDIES.c.patient_ref).where(STUDIES.c.id.in_(page))))
+        texts = texts_in(connection, studies=page, patients=sorted(patients))
         connection.execute(delete(STUDIES).where(STUDIES.c.id.in_(page), ~exists().where(SERIES.c.study_ref == STUDIES.c.id)))
         for page_of_patients in pages(sorted(patients)):
             no_study = ~exists().where(STUDIES.c.patient_ref == PATIENTS.c.id)
             connection.execute(delete(PATIENTS).where(PATIENTS.c.id.in_(page_of_patients), no_study))
+        forget_unused_in(connection, texts)

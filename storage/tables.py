@@ -78,6 +78,20 @@ INSTANCES = Table(
     *_storage_columns(),
     UniqueConstraint("sop_instance_uid"),
 )
+TEXTS = Table(
+    "texts",
+    METADATA,
+    Column("id", BigId, primary_key=True),
+    Column("value", Text, nullable=False),
+    UniqueConstraint("value"),
+)
+TRIGRAMS = Table(
+    "trigrams",
+    METADATA,
+    Column("trigram", Text, primary_key=True),
+    Column("text_ref", BigInteger, primary_key=True),  # without a foreign key, whose check would have to read all
+    sqlite_with_rowid=False,
+)
 QUARANTINE = Table(
     "quarantine",
     METADATA,
@@ -122,6 +136,7 @@ TableIndex(
 TableIndex("ix_studies_study_instance_uid", STUDIES.c.study_instance_uid, unique=True)
 TableIndex("ix_studies_patient_id", STUDIES.c.patient_id)
 TableIndex("ix_studies_accession_number", STUDIES.c.accession_number)
+TableIndex("ix_studies_study_description", STUDIES.c.study_description)
 # A name asked for without "=" may stand in any of the three groups: one group without an index, and every row is looked at.
 for _table in (STUDIES, PATIENTS):
     TableIndex(f"ix_{_table.name}_patient_name", _table.c.patient_name_alphabetic)

@@ -202,4 +202,4 @@ def killed_and_repeated(database: Database, place: str, target: Database, target
     target.migrate()
     assert content(target) == content(database)
     with target.read() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0003"
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0004"

@@ -15,14 +15,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect
 
-import storage.audit
-import storage.changes
-import storage.duties
-import storage.holds
+import storage.copying  # with all that have tables
 import storage.index
-import storage.nodes
-import storage.study_keys
-import storage.work
 from storage.database import HEAD, METADATA
 from storage.records import Level, Query
 from tests.storage.support import instance, open_database
@@ -90,6 +84,32 @@ def test_postgresql_compares_text_by_bytes_and_holds_long_names(postgresql_datab
     database.write(lambda connection: index.add(connection, instance(longest)))
     assert index.count(Query(Level.STUDY, {"StudyDescription": name[3:13] + "*"})) == 1
     database.close()
+
+
+def test_texts_of_an_older_archive_are_found(database: Database) -> None:
+    """Studies and patients filed by an older version are in the trigrams after the migration, as if they had been filed by this one."""
+    index = storage.index.Index(database=database)
+    names = ("Doe^Jane", "Yamada^Tarou=山田^太郎=やまだ^たろう", "", "ab", "Müller^Zoë " + "x" * 300)
+
+    def work(connection: Connection) -> None:
+        for number, name in enumerate(names):
+            values = {"PatientID": f"P{number}", "PatientName": name, "StudyDescription": "Wound" if number % 2 else name[:100]}
+            index.add(connection, instance(values, study=f"1.2.{number}"))
+        index.add(connection, instance({"PatientID": "P0", "PatientName": "Roe^Jane"}, study="1.2.99"))
+
+    database.write(work)
+    texts = "SELECT value, trigram FROM texts JOIN trigrams ON text_ref = texts.id ORDER BY 1, 2"
+    with database.read() as connection:
+        filed = connection.exec_driver_sql(texts).all()
+    with database._backend.migration() as connection:
+        for undone in ("DROP TABLE trigrams", "DROP TABLE texts", "DROP INDEX ix_studies_study_description"):
+            connection.exec_driver_sql(undone)
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0003'")
+    database.migrate()
+    with database.read() as connection:
+        assert connection.exec_driver_sql(texts).all() == filed
+        assert len({text for text, _ in filed}) == 9
+    assert index.count(Query(Level.STUDY, {"PatientName": "*ë xxx*"})) == 1
 
 
 def test_head_is_the_newest_revision() -> None:

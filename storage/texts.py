@@ -1,0 +1,139 @@
+"""Texts that are searched with wildcards: each once, and the runs of three characters that it holds.
+
+No index in the order of texts helps to find ``*son^Anna``. So every name and every description that any patient or study has is kept once
+(`TEXTS`), and for each of its trigrams a row says so (`TRIGRAMS`). A pattern's trigrams lead to the few texts that may match, these to the
+rows. It is written when a study has a text that none had before, which is seldom, and taken back when the last row with it is erased.
+
+This only ever narrows what is looked at, and the search's own condition decides. A pattern without three characters in a row, or one that
+matches too much for it to pay, is answered as without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import Column, ColumnElement, Select, and_, bindparam, delete, exists, func, insert, or_, select
+
+from storage.matching import pattern
+from storage.prepared import Prepared
+from storage.tables import PATIENTS, STUDIES, TEXTS, TRIGRAMS
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+_LENGTH: Final = 3
+_ASKED: Final = 12
+"""Trigrams of a pattern that are looked at."""
+_JOINED: Final = 3
+"""Rarest trigrams that a text must have, before it is looked at."""
+_COMMON: Final = (1000, 10_000)
+"""How many texts with a trigram are counted at most, at first and if all of a pattern's have so many; with more it does not pay."""
+_MOST: Final = 500
+"""Texts, and rows with them, that a search is narrowed to."""
+
+_NAMES: Final = tuple(
+    table.c[f"patient_name_{group}"] for table in (STUDIES, PATIENTS) for group in ("alphabetic", "ideographic", "phonetic")
+)
+_COLUMNS: Final = (*_NAMES, STUDIES.c.study_description)
+"""All that have their texts here; each has an index."""
+_COLUMN_NAMES: Final = {table.name: [column.name for column in _COLUMNS if column.table is table] for table in (STUDIES, PATIENTS)}
+KEYWORDS: Final = ("PatientName", "StudyDescription")
+"""Attributes whose texts these are."""
+
+_FIND_TEXT = Prepared(select(TEXTS.c.id).where(TEXTS.c.value == bindparam("value_")))
+_ADD_TEXT = Prepared(insert(TEXTS).returning(TEXTS.c.id), columns=("value",))
+_ADD_TRIGRAMS = insert(TRIGRAMS).inline()
+_IN_USE = tuple(Prepared(select(column.table.c.id).where(column == bindparam("value_")).limit(1)) for column in _COLUMNS)
+_DELETE_TEXT = Prepared(delete(TEXTS).where(TEXTS.c.id == bindparam("ref")))
+_DELETE_TRIGRAM = delete(TRIGRAMS).where(TRIGRAMS.c.trigram == bindparam("trigram_"), TRIGRAMS.c.text_ref == bindparam("ref"))
+
+
+def _count_up_to(most: int) -> Prepared:
+    some = select(TRIGRAMS.c.text_ref).where(TRIGRAMS.c.trigram == bindparam("trigram_")).limit(most)
+    return Prepared(select(func.count().label("number")).select_from(some.subquery()))
+
+
+_COUNTS: Final = tuple((most, _count_up_to(most)) for most in _COMMON)
+
+
+def trigrams(text: str) -> list[str]:
+    """Return the runs of three characters in a text, each once, in order."""
+    return sorted({text[start : start + _LENGTH] for start in range(len(text) - _LENGTH + 1)})
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------------------
+
+
+def note_in(connection: Connection, row: Mapping[str, Any]) -> None:
+    """Note the texts of a new row of the studies, if they are new."""
+    for text in dict.fromkeys(row[name] for name in _COLUMN_NAMES[STUDIES.name]):
+        found = trigrams(text)
+        if found and _FIND_TEXT.scalar(connection, {"value_": text}) is None:
+            ref = _ADD_TEXT.scalar(connection, {"value": text})
+            connection.execute(_ADD_TRIGRAMS, [{"trigram": trigram, "text_ref": ref} for trigram in found])
+
+
+def texts_in(connection: Connection, *, studies: Sequence[int], patients: Sequence[int]) -> set[str]:
+    """Return the texts of rows, to be asked before they are removed."""
+    found: set[str] = set()
+    for table, ids in ((STUDIES, studies), (PATIENTS, patients)):
+        columns = [table.c[name] for name in _COLUMN_NAMES[table.name]]
+        found.update(text for row in connection.execute(select(*columns).where(table.c.id.in_(ids))) for text in row)
+    return found
+
+
+def forget_unused_in(connection: Connection, texts: Iterable[str]) -> None:
+    """Remove those of the texts that no row has any more."""
+    for text in sorted(texts):
+        ref = _FIND_TEXT.scalar(connection, {"value_": text})
+        if ref is not None and all(statement.scalar(connection, {"value_": text}) is None for statement in _IN_USE):
+            connection.execute(_DELETE_TRIGRAM, [{"trigram_": trigram, "ref": ref} for trigram in trigrams(text)])
+            _DELETE_TEXT.run(connection, {"ref": ref})
+
+
+# -- searching -------------------------------------------------------------------------------------------------------------------------
+
+
+def ids_like(connection: Connection, columns: Sequence[Column[Any]], wanted: str) -> list[int] | None:
+    """Return the ids of all rows that have a text like `wanted` (with ``*`` and ``?``) in one of the columns, all of one table.
+
+    Returns
+    -------
+    list of int or None
+        None when this index is no help: no three characters in a row, or too much matches.
+    """
+    rarest = _rarest(connection, wanted)
+    if rarest is None:
+        return None
+    values = connection.scalars(_texts(rarest, wanted)).all()
+    if len(values) > _MOST:
+        return None
+    if not values:
+        return []
+    ids = select(columns[0].table.c.id).where(or_(*(column.in_(values) for column in columns))).limit(_MOST + 1)
+    found = connection.scalars(ids).all()
+    return None if len(found) > _MOST else list(found)
+
+
+def _rarest(connection: Connection, wanted: str) -> list[str] | None:
+    """Return the trigrams of a pattern that the fewest texts have, rarest first; None when there is none that is rare enough."""
+    asked = sorted({trigram for run in re.split(r"[*?]+", wanted) for trigram in trigrams(run)})
+    asked = asked[:: -(-len(asked) // _ASKED) or 1]
+    for most, statement in _COUNTS:
+        counted = sorted((int(statement.scalar(connection, {"trigram_": trigram})), trigram) for trigram in asked)
+        if counted and counted[0][0] < most:
+            return [trigram for _, trigram in counted[:_JOINED]]
+    return None
+
+
+def _texts(rarest: Sequence[str], wanted: str) -> Select[Any]:
+    """Select the texts that have all of some trigrams and are like `wanted`, one more than are of use."""
+    first, *others = [TRIGRAMS.alias(f"trigrams_{number}") for number in range(len(rarest))]
+    conditions: list[ColumnElement[bool]] = [first.c.trigram == rarest[0], TEXTS.c.id == first.c.text_ref]
+    conditions += [
+        exists().where(and_(other.c.trigram == trigram, other.c.text_ref == first.c.text_ref))
+        for other, trigram in zip(others, rarest[1:], strict=True)
+    ]
+    return select(TEXTS.c.value).where(*conditions, TEXTS.c.value.like(pattern(wanted), escape="!")).limit(_MOST + 1)
