@@ -10,10 +10,14 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dicom_node.config import Settings, is_loopback
 from dicom_node.peers import Peer, Peers, merged
 from storage.errors import StorageError
+
+if TYPE_CHECKING:
+    from storage.database import Database
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ def _keys(settings: Settings) -> Finding:
         database = open_database(settings, ring)
         try:
             weaknesses = database.weaknesses()
+            want_of_room = _want_of_room(database)
             fault = foreign_ring(settings, StudyKeys(database=database, ring=ring), ring)
         finally:
             database.close()
@@ -107,9 +112,19 @@ def _keys(settings: Settings) -> Finding:
         return Finding("keys", passed=False, text=str(error))
     if fault:
         return Finding("keys", passed=False, text=fault)
-    if weaknesses:
-        return Finding("database", passed=False, text="; ".join(weaknesses))
+    if want_of_room or weaknesses:
+        return Finding("database", passed=False, text="; ".join([*want_of_room, *weaknesses]))
     return Finding("keys", passed=True, text=f"{path} is readable for us alone, and opens the database")
+
+
+def _want_of_room(database: Database) -> list[str]:
+    from storage.room import Room
+
+    try:
+        Room(database=database).check()
+    except StorageError as error:
+        return [str(error)]
+    return []
 
 
 def _ports(settings: Settings) -> Iterator[Finding]:

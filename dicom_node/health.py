@@ -13,6 +13,7 @@ from dicom_node.observability import exposition
 from dicom_node.supervisor import SERVING
 from storage.audit_outbox import degraded
 from storage.errors import StorageError
+from storage.room import Room
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -45,11 +46,12 @@ def served(settings: Settings, parts: Storehouse, states: States, *, alone: Coll
         return
     from dicom_node.admin import AdminServer  # noqa: PLC0415 - aiohttp loads only where it serves
 
+    room = Room(database=parts.database)
     server = AdminServer(
         host=settings.admin.host,
         port=settings.admin.port,
         metrics=lambda: exposition(gauges(settings, states(), parts), alone),
-        readiness=lambda: not_ready(states(), parts),
+        readiness=lambda: not_ready(states(), parts, room),
         warnings=lambda: [*struggling(states()), *warnings(settings, parts)],
     )
     try:
@@ -68,11 +70,12 @@ def served(settings: Settings, parts: Storehouse, states: States, *, alone: Coll
         server.stop()
 
 
-def not_ready(states: Mapping[str, str], parts: Storehouse) -> list[str]:
+def not_ready(states: Mapping[str, str], parts: Storehouse, room: Room) -> list[str]:
     """Return what is not well, in sentences; empty: ready."""
     faults = [f"process {name} is {state}" for name, state in states.items() if state not in SERVING]
     try:
         parts.archive.check()
+        room.check()
     except StorageError as error:
         faults.append(str(error))
     return faults

@@ -267,6 +267,7 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
             _SQLITE + "test_a_full_disk_fails_the_write_and_recovers",
             _LOG + "test_a_log_volume_that_is_full",
             _DISKS + "test_a_full_disk_of_postgresql_refuses_and_recovers",
+            _DISKS + "test_no_room_in_postgresql_is_no_readiness",
         ),
         _DISKS + "test_control_postgresql_with_room_takes_the_same",
     ),

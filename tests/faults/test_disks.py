@@ -8,14 +8,20 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from dicom_node.config import load
+from dicom_node.environment import findings
+from dicom_node.health import not_ready
+from dicom_node.storehouse import open_database, storage
 from storage.errors import StorageError, Unavailable
+from storage.keys import Ring
 from storage.objects import DirectoryStore
+from storage.room import Room
 from tests.postgresql_server import PostgresqlServer
 from tests.storage.house import House, build
 from tests.storage.samples import Sample, photograph
@@ -133,7 +139,13 @@ def test_a_full_disk_of_the_database_refuses_and_recovers_alone(disk: Path, tmp_
             samples.append(sample)
     assert refused
     assert readable(house, samples)
+    now = [0.0]
+    room = Room(database=house.database, every_s=10.0, monotonic=lambda: now[0])
+    with pytest.raises(Unavailable, match="the disk of the data directory is full: free some space"):
+        room.check()
     ballast.unlink()
+    now[0] += 10.0
+    room.check()
     for sample in refused:
         house.ingest(sample)
     assert readable(house, samples + refused)
@@ -199,6 +211,43 @@ def test_a_full_disk_of_postgresql_refuses_and_recovers(
     assert house.audit.verify() is None
     assert house.archive.verify().intact
     house.close()
+
+
+@pytest.mark.peer
+def test_no_room_in_postgresql_is_no_readiness(
+    small_postgresql: tuple[PostgresqlServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL has no room for its tables, though it reads and commits: /readyz and `dicom-node check` say so while it lasts (19).
+
+    Tried again and again, as a monitor does: what a try leaves behind must not be the room of the next.
+    """
+    server, disk = small_postgresql
+    server.execute("CREATE DATABASE node")
+    monkeypatch.setenv("DICOM_NODE_NODE__DATA_DIR", str(tmp_path / "node"))
+    monkeypatch.setenv("DICOM_NODE_DATABASE__URL", server.url("node"))
+    monkeypatch.setenv("DICOM_NODE_ARCHIVE__STORE", "s3")
+    monkeypatch.setenv("DICOM_NODE_ARCHIVE__BUCKET", "nobody-asks-it")
+    monkeypatch.setenv("DICOM_NODE_INFERENCE__ENABLED", "false")
+    settings = load()
+    words = "the disk of the database server is full: free some space there; senders will try again"
+
+    def checked() -> str:
+        return next(one.text for one in findings(settings, peers=False) if one.subject in {"database", "keys"})
+
+    settings.ring_file.parent.mkdir(parents=True, mode=0o700)
+    Ring.create(settings.ring_file)
+    with closing(open_database(settings, Ring.load(settings.ring_file))) as database:
+        database.migrate()
+    with storage(settings) as parts:
+        room = Room(database=parts.database, every_s=0.0)
+        assert not_ready({}, parts, room) == []
+        ballast = fill(disk, 0)
+        parts.archive.check()  # reads, and commits what writes nothing
+        assert [not_ready({}, parts, room) for _ in range(5)] == [[words]] * 5
+        assert words in checked()
+        ballast.unlink()
+        assert not_ready({}, parts, room) == []
+        assert words not in checked()
 
 
 @pytest.mark.peer
