@@ -1,9 +1,9 @@
 """The two requests that every instance costs, an object put and read back, without what makes them dear.
 
 botocore builds a request of any of its services from a description of that service, by rules and hooks that cost a multiple of the sending
-(about a millisecond of processor each way). Here the request is put together directly; where it goes and how it is signed was asked of
-botocore's client once, and signer, credentials, connections, time-outs, proxies and TLS are botocore's own, the same objects that its
-client uses. Whatever is unusual is left to that client: `Wire.of` gives nothing for it, and `Wire.send` returns None.
+(about a millisecond of processor each way). Here the request is put together directly; where it goes, how it is signed, how patient to be
+and whom to trust was asked of botocore's client once, and the credentials are its own. Whatever is unusual, proxies and certificates of the
+node among it, is left to that client: `Wire.of` gives nothing for it, and `Wire.send` returns None.
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.exceptions import BotoCoreError, ClientError, ResponseStreamingError
-from botocore.response import StreamingBody
+from botocore.httpsession import get_cert_path
+
+from storage.s3_connection import Answer, Connections
+from storage.s3_signature import Signer
 
 _PROBE: Final = "probe"
 _PLAIN: Final = frozenset({"user-agent"})
 """Headers of a plain request before it is signed; a client that sends more has a setting that is unknown here."""
 _EMPTY: Final = hashlib.sha256().hexdigest()
 _HEADERS: Final[Mapping[str, str]] = {
-    "ContentLength": "Content-Length",
-    "ContentMD5": "Content-MD5",
+    "ContentLength": "content-length",
+    "ContentMD5": "content-md5",
     "ChecksumAlgorithm": "x-amz-sdk-checksum-algorithm",
     "ChecksumSHA256": "x-amz-checksum-sha256",
-    "IfNoneMatch": "If-None-Match",
+    "IfNoneMatch": "if-none-match",
     "ServerSideEncryption": "x-amz-server-side-encryption",
     "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
     "StorageClass": "x-amz-storage-class",
     "Tagging": "x-amz-tagging",
-    "Range": "Range",
+    "Range": "range",
 }
 _METHODS: Final[Mapping[str, str]] = {"put_object": "PUT", "get_object": "GET"}
 _CODE: Final = re.compile(rb"<Code>\s*([\w.]{1,100})\s*</Code>")
@@ -54,36 +57,29 @@ class _Looked(Exception):
     """Ends the request before it is signed."""
 
 
-class _Signer(S3SigV4Auth):
-    """Signs a body whose SHA-256 is known already: it is among the signed headers, and the service compares."""
-
-    def payload(self, request: Any) -> str:
-        return str(request.context["payload"])
-
-
 @dataclass(frozen=True)
 class Wire:
     """Sends plain puts and gets to one bucket, for any number of threads; made by `of`.
 
     Parameters
     ----------
-    session
-        botocore's connections, with their time-outs, proxies and TLS.
+    connections
+        To the service.
     credentials
         botocore's, which renew themselves.
     base
         URL of the bucket, without a slash at its end.
-    region
-        For which a request is signed.
-    user_agent
-        Who asks.
+    signer
+        For the bucket's region.
+    always
+        Headers of every request.
     """
 
-    session: Any
+    connections: Connections
     credentials: Any
     base: str
-    region: str
-    user_agent: str
+    signer: Signer
+    always: Mapping[str, str]
 
     @classmethod
     def of(cls, client: Any, credentials: Any, bucket: str) -> Wire | None:
@@ -120,13 +116,16 @@ class Wire:
             pass  # if it was not seen, the client says at the first request what is wrong
         finally:
             client.meta.events.unregister(event, look)
-        session = getattr(getattr(client, "_endpoint", None), "http_session", None)
-        if not seen or credentials is None or session is None:
+        if not seen or credentials is None:
             return None
         base, mark, rest = seen["url"].rpartition(f"/{_PROBE}")
         if not mark or rest or seen["way"] != ("s3", "s3v4", False) or not seen["headers"].keys() <= _PLAIN:
             return None
-        return cls(session, credentials, base, str(seen["region"]), str(seen["headers"].get("user-agent", "")))
+        connections = _connections(client, base)
+        if connections is None:
+            return None
+        always = {"host": _host(base), "accept-encoding": "identity", "user-agent": str(seen["headers"].get("user-agent", ""))}
+        return cls(connections, credentials, base, Signer(str(seen["region"])), always)
 
     def send(self, operation: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """Send a request, and return what botocore's client would of it; None, and nothing was sent, when that client has to do it.
@@ -146,51 +145,79 @@ class Wire:
         if method == "PUT" and ("ChecksumSHA256" not in named or named.get("ContentLength", len(body)) != len(body)):
             return None
         headers = {_HEADERS[name]: str(value) for name, value in named.items()}
-        if not all(value.isascii() for value in headers.values()):
+        if not all(value.isascii() and value.isprintable() for value in headers.values()):
             return None
-        headers["User-Agent"] = self.user_agent
+        payload = _EMPTY
         if method == "PUT":
-            headers["Content-Length"] = str(len(body))
-        url = f"{self.base}/{quote(arguments['Key'], safe='/-._~')}"
-        request = AWSRequest(method=method, url=url, headers=headers)
-        request.context["payload"] = base64.b64decode(named["ChecksumSHA256"]).hex() if method == "PUT" else _EMPTY
-        _Signer(self.credentials.get_frozen_credentials(), "s3", self.region).add_auth(request)
-        told: Any = dict(request.headers.items())  # as urllib3 takes them
-        prepared = AWSPreparedRequest(method, url, told, body or None, stream_output=True)
-        response = self.session.send(prepared)
-        status = int(response.status_code)
-        if status >= 300:
-            raise _refusal(operation, status, response)
-        answer: dict[str, Any] = {"ResponseMetadata": {"HTTPStatusCode": status}}
+            headers["content-length"] = str(len(body))
+            payload = base64.b64decode(named["ChecksumSHA256"]).hex()
+        target = f"{urlsplit(self.base).path}/{quote(arguments['Key'], safe='/-._~')}"
+        credentials = self.credentials.get_frozen_credentials()
+        headers = self.signer.headers(method, target, {**self.always, **headers}, payload, credentials, datetime.now(UTC))
+        response = self.connections.ask(method, target, headers, body)
+        if response.status >= 300:
+            raise _refusal(operation, response)
+        answer: dict[str, Any] = {"ResponseMetadata": {"HTTPStatusCode": response.status}}
         if method == "PUT":
             _drained(response)
             if encryption := response.headers.get("x-amz-server-side-encryption"):
-                answer["ServerSideEncryption"] = str(encryption)
+                answer["ServerSideEncryption"] = encryption
             return answer
-        length = str(response.headers.get("content-length", ""))
+        length = response.headers.get("content-length", "")
         if not length.isdecimal():
-            response.raw.close()
+            response.body.close()
             raise ResponseStreamingError(error="the answer has no Content-Length")
-        answer |= {"ContentLength": int(length), "Body": StreamingBody(response.raw, int(length))}
+        answer |= {"ContentLength": int(length), "Body": response.body}
         if "content-range" in response.headers:
             answer["ContentRange"] = response.headers["content-range"]
         return answer
 
 
-def _drained(response: Any) -> bytes:
+def _connections(client: Any, base: str) -> Connections | None:
+    """Return connections like those of the client, to where `base` is; None when there is a proxy on the way, or anything else unusual."""
+    session = getattr(getattr(client, "_endpoint", None), "http_session", None)
+    if session is None or session._proxy_config.proxy_url_for(base) or session._cert_file:  # noqa: SLF001 - held by a test
+        return None
+    where, timeout = urlsplit(base), session._timeout  # noqa: SLF001
+    if where.scheme not in ("http", "https") or where.hostname is None:
+        return None
+    tls = None
+    if where.scheme == "https":
+        authorities = get_cert_path(session._verify)  # noqa: SLF001
+        if not authorities:
+            return None
+        tls = ssl.create_default_context(cafile=authorities)
+    return Connections(
+        endpoint_url=base,
+        host=where.hostname,
+        port=where.port or (443 if tls else 80),
+        tls=tls,
+        connect_timeout_s=float(timeout.connect_timeout),
+        read_timeout_s=float(timeout.read_timeout),
+    )
+
+
+def _host(base: str) -> str:
+    where = urlsplit(base)
+    host = f"[{where.hostname}]" if where.hostname and ":" in where.hostname else str(where.hostname)
+    usual = {"http": 80, "https": 443}[where.scheme]
+    return host if where.port in (None, usual) else f"{host}:{where.port}"
+
+
+def _drained(response: Answer) -> bytes:
     """Read a short answer to its end, so that the connection is used again; one that does not end is cut off, with its connection."""
     try:
-        content: bytes = response.raw.read(_ANSWER_BYTES)
-        return content
+        return response.body.read(_ANSWER_BYTES)
     finally:
-        response.raw.close()
+        response.body.close()
 
 
-def _refusal(operation: str, status: int, response: Any) -> Exception:
+def _refusal(operation: str, response: Answer) -> Exception:
+    status = response.status
     found = _CODE.search(_drained(response))
     code = found[1].decode("ascii") if found else str(status)
     if status in _ELSEWHERE or code in _ELSEWHERE:
         return Elsewhere(code)
-    told = {name.lower(): value for name, value in response.headers.items()}
-    described: Any = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": told}}
+    metadata = {"HTTPStatusCode": status, "HTTPHeaders": dict(response.headers)}
+    described: Any = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": metadata}
     return ClientError(described, operation)

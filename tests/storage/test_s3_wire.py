@@ -226,8 +226,7 @@ def test_one_connection_for_all(s3_bucket: Buckets) -> None:
             assert answer is not None
             assert answer["Body"].read(7) == b"content"
             answer["Body"].close()
-        (pool,) = (wire.session._manager.pools[key] for key in wire.session._manager.pools.keys())  # noqa: SIM118 - no mapping
-        assert pool.num_connections == 1
+        assert wire.connections.at_rest == 1
 
 
 def test_an_answer_that_does_not_end(s3_bucket: Buckets) -> None:
@@ -327,7 +326,7 @@ def test_where_the_bucket_is(
     """The rules are botocore's: regions, dual stack, endpoints with a path, bucket in the path or in the host's name."""
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
     wire = wire_of(client_of(endpoint, **settings), "bucket")
-    assert (wire.base, wire.region) == (base, region)
+    assert (wire.base, wire.signer.region) == (base, region)
 
 
 def test_the_unusual_is_left_to_the_client(s3_bucket: Buckets) -> None:
