@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Column, ColumnElement, Select, and_, bindparam, delete, exists, func, insert, or_, select
+from sqlalchemy import Column, bindparam, delete, exists, func, insert, or_, select
 
 from storage.matching import pattern
 from storage.prepared import Prepared
@@ -28,8 +28,9 @@ _ASKED: Final = 12
 """Trigrams of a pattern that are looked at."""
 _JOINED: Final = 3
 """Rarest trigrams that a text must have, before it is looked at."""
-_COMMON: Final = (1000, 10_000)
+_COMMON: Final = (1000, 20_000)
 """How many texts with a trigram are counted at most, at first and if all of a pattern's have so many; with more it does not pay."""
+_PLACES: Final = [f"trigram_{place}" for place in range(_ASKED)]
 _MOST: Final = 500
 """Texts, and rows with them, that a search is narrowed to."""
 
@@ -50,12 +51,30 @@ _DELETE_TEXT = Prepared(delete(TEXTS).where(TEXTS.c.id == bindparam("ref")))
 _DELETE_TRIGRAM = delete(TRIGRAMS).where(TRIGRAMS.c.trigram == bindparam("trigram_"), TRIGRAMS.c.text_ref == bindparam("ref"))
 
 
-def _count_up_to(most: int) -> Prepared:
-    some = select(TRIGRAMS.c.text_ref).where(TRIGRAMS.c.trigram == bindparam("trigram_")).limit(most)
-    return Prepared(select(func.count().label("number")).select_from(some.subquery()))
+def _counts(most: int) -> Prepared:
+    """Count the texts that have each of some trigrams, in one statement."""
+    found = [select(TRIGRAMS.c.text_ref).where(TRIGRAMS.c.trigram == bindparam(name)).limit(most).subquery() for name in _PLACES]
+    return Prepared(
+        select(
+            *(select(func.count()).select_from(one).scalar_subquery().label(name) for name, one in zip(_PLACES, found, strict=True)),
+        )
+    )
 
 
-_COUNTS: Final = tuple((most, _count_up_to(most)) for most in _COMMON)
+def _texts(number: int) -> Prepared:
+    """Select the texts that have all of some trigrams and are like a pattern, one more than are of use."""
+    first, *others = [TRIGRAMS.alias(name) for name in _PLACES[:number]]
+    conditions = [
+        first.c.trigram == bindparam(first.name),
+        *(exists().where(one.c.trigram == bindparam(one.name), one.c.text_ref == first.c.text_ref) for one in others),
+        TEXTS.c.id == first.c.text_ref,
+        TEXTS.c.value.like(bindparam("like"), escape="!"),
+    ]
+    return Prepared(select(TEXTS.c.value).where(*conditions).limit(_MOST + 1))
+
+
+_COUNTS: Final = tuple((most, _counts(most)) for most in _COMMON)
+_LIKE: Final = {number: _texts(number) for number in range(1, _JOINED + 1)}
 
 
 def trigrams(text: str) -> list[str]:
@@ -107,7 +126,8 @@ def ids_like(connection: Connection, columns: Sequence[Column[Any]], wanted: str
     rarest = _rarest(connection, wanted)
     if rarest is None:
         return None
-    values = connection.scalars(_texts(rarest, wanted)).all()
+    named = dict(zip(_PLACES, rarest, strict=False))
+    values = [row.value for row in _LIKE[len(rarest)].all(connection, {**named, "like": pattern(wanted)})]
     if len(values) > _MOST:
         return None
     if not values:
@@ -121,19 +141,11 @@ def _rarest(connection: Connection, wanted: str) -> list[str] | None:
     """Return the trigrams of a pattern that the fewest texts have, rarest first; None when there is none that is rare enough."""
     asked = sorted({trigram for run in re.split(r"[*?]+", wanted) for trigram in trigrams(run)})
     asked = asked[:: -(-len(asked) // _ASKED) or 1]
+    if not asked:
+        return None
+    named = dict(zip(_PLACES, [*asked, *[""] * (_ASKED - len(asked))], strict=True))
     for most, statement in _COUNTS:
-        counted = sorted((int(statement.scalar(connection, {"trigram_": trigram})), trigram) for trigram in asked)
-        if counted and counted[0][0] < most:
+        counted = sorted(zip(statement.first(connection, named), asked, strict=False))
+        if counted[0][0] < most:
             return [trigram for _, trigram in counted[:_JOINED]]
     return None
-
-
-def _texts(rarest: Sequence[str], wanted: str) -> Select[Any]:
-    """Select the texts that have all of some trigrams and are like `wanted`, one more than are of use."""
-    first, *others = [TRIGRAMS.alias(f"trigrams_{number}") for number in range(len(rarest))]
-    conditions: list[ColumnElement[bool]] = [first.c.trigram == rarest[0], TEXTS.c.id == first.c.text_ref]
-    conditions += [
-        exists().where(and_(other.c.trigram == trigram, other.c.text_ref == first.c.text_ref))
-        for other, trigram in zip(others, rarest[1:], strict=True)
-    ]
-    return select(TEXTS.c.value).where(*conditions, TEXTS.c.value.like(pattern(wanted), escape="!")).limit(_MOST + 1)
