@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -85,6 +85,9 @@ def due(database: Database) -> set[tuple[str, str]]:
     level=st.sampled_from(Level),
     cut=st.tuples(st.booleans(), st.integers(0, 6), st.integers(3, 9)),
 )
+@example([("aab", "")], "aab^*^*", "", Level.STUDY, (False, 0, 3))  # components that are not there
+@example([("aab", "")], "*^^^*", "", Level.STUDY, (False, 0, 3))
+@example([("aab=aab^b", "")], "*=*b^b*", "", Level.PATIENT, (False, 0, 3))
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_narrowed_search_finds_what_reading_everything_finds(
     database: Database,
