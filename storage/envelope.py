@@ -120,12 +120,13 @@ class Sealer:
 
     def __init__(self, object_key: str, sink: Callable[[Buffer], object], segments: Segments | None = None) -> None:
         self._segments = segments or Segments()
-        self._data_key = data_key = os.urandom(KEY_BYTES)
+        drawn = os.urandom(KEY_BYTES + _SALT + _PREFIX)
+        self._data_key = data_key = drawn[:KEY_BYTES]
         self._object_key = object_key
         self._sink = sink
         self._header = _header(object_key)
-        salt = os.urandom(_SALT)
-        self._prefix = os.urandom(_PREFIX)
+        salt = drawn[KEY_BYTES:-_PREFIX]
+        self._prefix = drawn[-_PREFIX:]
         self._cipher = AESGCM(derive_key(data_key, salt=salt, info=self._header))
         self._footer_cipher = AESGCM(derive_key(data_key, salt=None, info=_FOOTER_PURPOSE))
         self._digest = hashlib.sha256()
@@ -136,8 +137,7 @@ class Sealer:
         self._plain = bytearray()
         self._held = 0
         self._sealed = bytearray()
-        self._emit(self._header)
-        self._emit(bytes((_BODY_HEADER,)) + salt + self._prefix)
+        self._ahead = self._header + bytes((_BODY_HEADER,)) + salt + self._prefix  # goes with the first segment
 
     def update(self, chunk: Buffer) -> None:
         """Seal the next bytes of plaintext."""
@@ -179,9 +179,8 @@ class Sealer:
             raise ValueError(f"the record is longer than {FOOTER_LIMIT - _TAG} bytes")
         # the key serves this one message, so a constant nonce repeats nothing
         sealed = self._footer_cipher.encrypt(bytes(12), text, self._header + struct.pack(">Q", body))
-        self._emit(sealed)
         capsule = _fields(study_key.id.encode("ascii"), study_keys.wrap_data_key(study_key, self._data_key))
-        self._emit(capsule + _TRAILER.pack(body, len(sealed), len(capsule), _TRAILER_MAGIC))
+        self._emit(sealed + capsule + _TRAILER.pack(body, len(sealed), len(capsule), _TRAILER_MAGIC))
         for memory in (self._plain, self._sealed):
             self._segments.give(memory)
         self._plain = self._sealed = bytearray()
@@ -201,11 +200,16 @@ class Sealer:
         self._held = 0
 
     def _seal(self, plain: memoryview, *, last: bool) -> None:
-        size = len(plain) + _TAG
+        ahead, self._ahead = self._ahead, b""
+        size = len(ahead) + len(plain) + _TAG
+        if ahead and size > _SMALL:
+            self._emit(ahead)
+            ahead, size = b"", size - len(ahead)
         if len(self._sealed) < size:
             self._sealed = self._segments.take() if size > _SMALL else bytearray(size)
         sealed = memoryview(self._sealed)[:size]
-        self._cipher.encrypt_into(_nonce(self._prefix, self._segment, last=last), plain, None, sealed)
+        sealed[: len(ahead)] = ahead
+        self._cipher.encrypt_into(_nonce(self._prefix, self._segment, last=last), plain, None, sealed[len(ahead) :])
         self._emit(sealed)
         self._segment += 1
         self._room = _FULL
