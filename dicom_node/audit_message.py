@@ -61,6 +61,7 @@ QUERY = _Code("110112", "Query")
 ALERT = _Code("110113", "Security Alert")
 AUTHENTICATION = _Code("110114", "User Authentication")
 # CID 401 Audit Event Type Code
+_START, _STOP = _Code("110120", "Application Start"), _Code("110121", "Application Stop")
 _LOGIN = _Code("110122", "Login")
 _ATTACH, _DETACH = _Code("110124", "Attach"), _Code("110125", "Detach")
 _NODE_AUTHENTICATION = _Code("110126", "Node Authentication")
@@ -93,6 +94,8 @@ class _Kind:
     """Whether the node began it, and the actor was asked or told."""
     failure: str = "4"
     """The outcome that is no success: 4, minor; 8, serious."""
+    asked: bool = True
+    """Whether the node is the requestor of what it did by itself; starting and stopping it is never told so (A.5.3.1)."""
 
 
 def _received(action: str) -> _Kind:
@@ -103,6 +106,8 @@ _DELIVERY: Final = _Kind(TRANSFERRED, "C", node=_SOURCE, other=_DESTINATION, our
 _UNDELIVERED: Final = _Kind(TRANSFERRED, "C", node=_SOURCE, other=_DESTINATION, ours=True, failure="8")
 _LOST: Final = _Kind(ALERT, "E", _OBJECT_SECURITY, failure="8")
 _WORK: Final = _Kind(ACTIVITY, "E", node=_APPLICATION, other=_LAUNCHER)
+
+_IDENTITY: Final = _Kind(AUTHENTICATION, "E", _LOGIN)
 
 KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
     {
@@ -138,6 +143,9 @@ KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
         "quarantine.lost": _LOST,
         "hold.placed": _Kind(ALERT, "E", _OBJECT_SECURITY),
         "hold.lifted": _Kind(ALERT, "E", _OBJECT_SECURITY),
+        "application.started": _Kind(ACTIVITY, "E", _START, node=_APPLICATION, asked=False),
+        "application.stopped": _Kind(ACTIVITY, "E", _STOP, node=_APPLICATION, asked=False),
+        "user.identified": _IDENTITY,
         "association.refused": _Kind(ALERT, "E", _NODE_AUTHENTICATION),
         "peer.added": _Kind(ALERT, "E", _NETWORK_CONFIGURATION),
         "peer.removed": _Kind(ALERT, "E", _NETWORK_CONFIGURATION),
@@ -159,7 +167,6 @@ KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
     }
 )
 """Action of the trail -> how it is told. Every other action is told as Application Activity."""
-_IDENTITY: Final = _Kind(AUTHENTICATION, "E", _LOGIN)
 _OURSELVES = frozenset({"node", "retention"})
 
 
@@ -249,7 +256,7 @@ def _participants(root: ET.Element, event: AuditEvent, kind: _Kind, source: Audi
         "ActiveParticipant",
         UserID=source.source_id,
         AlternativeUserID=f"AETITLES={source.ae_title}",
-        UserIsRequestor="true" if alone or kind.ours else "false",
+        UserIsRequestor="true" if (alone and kind.asked) or kind.ours else "false",
         NetworkAccessPointID=source.host,
         NetworkAccessPointTypeCode="1",
     )

@@ -20,10 +20,11 @@ from dicom_node.dimse.scp import StorageSCP, is_storage
 from dicom_node.dimse.scu import StorageSCU
 from dicom_node.dimse.slots import Slots
 from dicom_node.errors import StartError
-from dicom_node.identity import Identities, User
+from dicom_node.identity import PASSCODE, TOKEN, Identities, Principal, User
 from dicom_node.security import ServerTls
 from dicom_node.storehouse import client_tls
 from dicom_node.tokens import TokenKey, Tokens
+from storage.audit_logins import Logins
 from storage.commitment_check import CommitmentCheck
 from storage.commitments import Commitments, Patience, Proofs
 from storage.refusals import Refusals
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from dicom_node.observability import Metrics
     from dicom_node.storehouse import Storehouse
+    from storage.audit import AuditTrail
 
 log = structlog.get_logger()
 
@@ -50,14 +52,21 @@ def server_tls(settings: Settings) -> ServerTls | None:
     return ServerTls(tls.certificate, tls.key, authorities=tls.authorities, client=tls.client, revocations=tls.revocations)
 
 
-def identities(settings: Settings) -> Identities | None:
-    """Make what verifies user identities; None when they are not looked at."""
+def identities(settings: Settings, audit: AuditTrail) -> Identities | None:
+    """Make what verifies user identities, and records them; None when they are not looked at."""
     section = settings.identities
     if section.mode == "ignore":
         return None
     keys = [TokenKey(key.kid, key.algorithm, key.file, key.issuer, key.audience, key.name_claim) for key in section.keys]
     users = [User(user.name, user.passcode_hash.get_secret_value()) for user in section.users]
-    return Identities(users, tokens=Tokens(keys, once=section.token_once) if keys else None, plaintext=section.plaintext)
+    logins = Logins(audit=audit)
+
+    def identified(principal: Principal, address: str) -> None:
+        by = {PASSCODE: "passcode", TOKEN: "token"}.get(principal.kind, "name")
+        logins.note(principal.name, address=address, by=by, issuer=principal.issuer)
+
+    tokens = Tokens(keys, once=section.token_once) if keys else None
+    return Identities(users, tokens=tokens, plaintext=section.plaintext, identified=identified)
 
 
 def trusts_callers(settings: Settings) -> bool:
@@ -156,7 +165,7 @@ def dimse_door(settings: Settings, parts: Storehouse, metrics: Metrics) -> Itera
             slots=Slots(total=section.maximum_associations, path=path) if section.processes > 1 else None,
             tls=tls.context if tls is not None else None,
             certificate_ended=tls.ended if tls is not None else None,
-            identities=identities(settings),
+            identities=identities(settings, parts.audit),
             identity_required=settings.identities.mode == "required",
             refusals=refusals,
             visited=visits.note,

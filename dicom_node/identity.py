@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from dicom_node.errors import StartError
 from dicom_node.throttle import Patience, Throttle
 from dicom_node.tokens import TokenRefused, Tokens
+from storage.errors import StorageError
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +52,10 @@ _USER: Final = Patience(free=100, longest_s=60.0)
 _TOKENS: Final = Patience(free=50, longest_s=10.0)
 
 WRONG: Final = "user name or passcode is wrong"
+
+
+def _untold(_principal: Principal, _address: str) -> None:
+    """Tell nobody who was identified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +127,8 @@ class Identities:
         instance pays once.
     clock
         Seconds, monotonic.
+    identified
+        Told who was identified, and where he calls from, before he is let in; a StorageError keeps him out for now.
 
     Raises
     ------
@@ -137,6 +144,7 @@ class Identities:
         plaintext: bool = False,
         cache_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        identified: Callable[[Principal, str], None] = _untold,
     ) -> None:
         users = list(users)
         faults = [fault for user in users if (fault := _fault(user))]
@@ -149,6 +157,7 @@ class Identities:
         self._plaintext = plaintext
         self._cache_s = cache_s
         self._clock = clock
+        self._identified = identified
         self._secret = secrets.token_bytes(32)
         hashed = sorted((user.passcode_hash for user in users if user.passcode_hash), key=str)
         self._decoys = [_decoy(passcode_hash) for passcode_hash in hashed] or [hash_passcode(secrets.token_bytes(16))]
@@ -181,7 +190,14 @@ class Identities:
             raise IdentityRefused(
                 "credentials came without TLS", "switch TLS on for this peer, and change what it sent: others may have read it"
             )
-        source = _source(address)
+        principal = self._verified(primary, secondary, kind, _source(address))
+        try:
+            self._identified(principal, address)
+        except StorageError as error:
+            raise IdentityRefused(f"the login cannot be recorded: {error}", "it may try again", retry_after_s=_QUEUE_S) from error
+        return principal
+
+    def _verified(self, primary: bytes, secondary: bytes, kind: int, source: str) -> Principal:
         if kind == USERNAME:
             return self._by_name(primary, source)
         if kind == PASSCODE:

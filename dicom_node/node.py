@@ -45,6 +45,7 @@ from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
 from storage.keys import Ring
 from storage.nodes import SEEN_EVERY_S
+from storage.records import AuditEvent
 
 if TYPE_CHECKING:
     from dicom_node.webhooks import WebhookSender
@@ -127,12 +128,17 @@ def alone(settings: Settings) -> Iterator[Storehouse]:
 
 
 @contextmanager
-def _present(settings: Settings, parts: Storehouse, lock: int) -> Iterator[None]:
-    """Be in the register of nodes, and say from time to time that this one lives; `lock` is that of its data folder."""
+def _present(settings: Settings, parts: Storehouse, lock: int, role: str = "node") -> Iterator[None]:
+    """Be in the register of nodes, and say from time to time that this one lives; `lock` is that of its data folder.
+
+    Start and stop are in the audit trail, of each role that is started by itself; who was killed says nothing at its end.
+    """
     if fault := foreign_ring(settings, parts.study_keys, parts.ring):
         raise StartError(fault)
     told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}
     parts.nodes.enter(node_id=parts.node_id, **told)
+    process = {"node": parts.node_id, "role": role, "version": told["version"], "process": os.getpid()}
+    parts.audit.record(AuditEvent("application.started", "success", "node", detail=process))
     gone = threading.Event()
 
     def say() -> None:
@@ -149,6 +155,9 @@ def _present(settings: Settings, parts: Storehouse, lock: int) -> Iterator[None]
     finally:
         gone.set()
         thread.join(PRESENCE_S)  # a database that does not answer must not keep the node from stopping
+        if not thread.is_alive():
+            with suppress(StorageError):
+                parts.audit.record(AuditEvent("application.stopped", "success", "node", detail=process))
         if not thread.is_alive() and _last(lock):  # while another role of it runs, the node lives, and a copy of its folder must be refused
             with suppress(StorageError):  # the others notice within a minute
                 parts.nodes.leave(parts.node_id)
@@ -322,7 +331,7 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
                 _prepare(settings)
             parts = stack.enter_context(storage(settings))
             if alone:
-                stack.enter_context(_present(settings, parts, lock))
+                stack.enter_context(_present(settings, parts, lock, role))
                 parts.archive.sweep()
 
             metrics, state = Metrics(), {role: "starting"}

@@ -116,6 +116,8 @@ def at(message: Message, path: str, attribute: str = "csd-code") -> list[str]:
         (AuditEvent("keys.rotated", "success", "operator"), "110113", "E", "0", []),
         (AuditEvent("archive.verified", "success", "node"), "110100", "E", "0", ["110150"]),
         (AuditEvent("never.heard_of", "success", "node"), "110100", "E", "0", ["110150"]),
+        (AuditEvent("application.started", "success", "node", "", {"role": "web"}), "110100", "E", "0", ["110150"]),
+        (AuditEvent("user.identified", "success", "alice", "", {"address": "10.0.0.1", "by": "token"}), "110114", "E", "0", []),
     ],
 )
 def test_codes(event: AuditEvent, code: str, action: str, outcome: str, roles: list[str]) -> None:
@@ -134,6 +136,26 @@ def test_a_user_is_the_requestor() -> None:
     message = told(AuditEvent("instance.retrieved", "success", "VIEWER", "1.2", detail))
     asked = {one.get("UserID"): one.get("UserIsRequestor") for one in message.root.findall("ActiveParticipant")}
     assert asked == {"DERM_NODE": "false", "VIEWER": "false", "dr.who@clinic": "true"}
+
+
+@pytest.mark.parametrize(("action", "code"), [("application.started", "110120"), ("application.stopped", "110121")])
+def test_start_and_stop(action: str, code: str) -> None:
+    """As A.5.3.1 has them: the type says which; the application is a participant, with its AE title, and not the requestor."""
+    message = told(AuditEvent(action, "success", "node", "", {"role": "node"}))
+    assert at(message, "EventIdentification/EventTypeCode")[0] == code
+    assert at(message, "ActiveParticipant", "UserIsRequestor") == ["false"]
+    assert at(message, "ActiveParticipant", "AlternativeUserID") == ["AETITLES=DERM_NODE"]
+    assert at(message, "ActiveParticipant/RoleIDCode") == ["110150"]
+
+
+def test_a_login() -> None:
+    """As A.5.3.11 has it: who identified himself is the requestor, from where he called; the node is who let him in."""
+    message = told(AuditEvent("user.identified", "success", "alice", "", {"address": "10.0.0.1", "by": "passcode"}))
+    assert at(message, "EventIdentification/EventTypeCode")[0] == "110122"
+    assert at(message, "ActiveParticipant", "UserID") == ["DERM_NODE", "alice"]
+    assert at(message, "ActiveParticipant", "UserIsRequestor") == ["false", "true"]
+    assert at(message, "ActiveParticipant", "NetworkAccessPointID")[1] == "10.0.0.1"
+    assert at(message, "ActiveParticipant", "NetworkAccessPointTypeCode")[1] == "2"
 
 
 def test_every_action_of_the_trail_has_its_kind() -> None:

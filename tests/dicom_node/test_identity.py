@@ -27,6 +27,7 @@ from dicom_node.errors import StartError
 from dicom_node.identity import KERBEROS, PASSCODE, SAML, TOKEN, USERNAME, Identities, IdentityRefused, Principal, User, hash_passcode
 from dicom_node.throttle import Patience, Throttle
 from dicom_node.tokens import TokenKey, TokenRefused, Tokens
+from storage.errors import Unavailable
 
 HOME, ELSEWHERE = "192.0.2.1", "198.51.100.7"
 ALICE = User("alice", hash_passcode(b"correct horse"))
@@ -100,6 +101,29 @@ def refused(identities: Identities, name: bytes, passcode: bytes, address: str =
 def test_right_passcode(identities: Identities) -> None:
     """User and passcode together are let in."""
     assert identities.verify(b"alice", b"correct horse", PASSCODE, HOME) == Principal("alice", PASSCODE)
+
+
+def test_who_is_let_in_is_told_and_nobody_else(clock: Clock) -> None:
+    """Each identity that is believed is told with its address, those that are known from before too; a wrong one is not."""
+    told: list[tuple[str, str]] = []
+    identities = Identities([ALICE, SCANNER], clock=clock, identified=lambda principal, address: told.append((principal.name, address)))
+    identities.verify(b"alice", b"correct horse", PASSCODE, HOME)
+    identities.verify(b"alice", b"correct horse", PASSCODE, HOME)
+    identities.verify(b"scanner", b"", USERNAME, ELSEWHERE)
+    refused(identities, b"alice", b"wrong")
+    refused(identities, b"nobody", b"", kind=USERNAME)
+    assert told == [("alice", HOME), ("alice", HOME), ("scanner", ELSEWHERE)]
+
+
+def test_who_cannot_be_recorded_is_kept_out_for_now(clock: Clock) -> None:
+    """Nothing is done without its audit record: with the trail away the right passcode is refused, as something that passes."""
+
+    def fail(_principal: Principal, _address: str) -> None:
+        raise Unavailable("the disk of the data directory is full: free some space; senders will try again")
+
+    refusal = refused(Identities([ALICE], clock=clock, identified=fail), b"alice", b"correct horse")
+    assert refusal.retry_after_s > 0
+    assert "the disk of the data directory is full" in refusal.reason
 
 
 def test_unknown_user_and_wrong_passcode_cannot_be_told_apart(identities: Identities, hashing: Hashing) -> None:

@@ -106,6 +106,22 @@ def test_a_database_of_another_ring_is_refused(tmp_path: Path) -> None:
     os.close(lock)
 
 
+def test_start_and_stop_are_in_the_audit_trail(tmp_path: Path) -> None:
+    """A node says that it starts before it does anything else, and that it stops; so does a role that is started by itself."""
+    settings = settings_of(tmp_path)
+    node._prepare(settings)
+    for role in ("node", "web"):
+        lock = node._own(settings)
+        with storehouse.storage(settings) as parts:
+            with node._present(settings, parts, lock, role):
+                told = list(parts.audit.entries())
+                assert [entry.event.action for entry in told][-1:] == ["application.started"]
+                assert told[-1].event.detail["role"] == role
+                assert told[-1].event.detail["process"] == os.getpid()
+            assert [entry.event.action for entry in parts.audit.entries()][-2:] == ["application.started", "application.stopped"]
+        os.close(lock)
+
+
 def test_roles_alone_share_a_folder_and_a_whole_node_does_not(tmp_path: Path) -> None:
     """Two roles of one node may run on a folder; a node that wants it for itself is refused, and the other way round."""
     settings = settings_of(tmp_path)

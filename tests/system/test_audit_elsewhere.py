@@ -25,7 +25,7 @@ def environment(listener: AuditRepository, authority: Authority) -> dict[str, st
         "DICOM_NODE_AUDIT__SYSLOG_PORT": str(listener.port),
         "DICOM_NODE_AUDIT__AUTHORITIES": str(authority.file),
         "DICOM_NODE_AUDIT__DEGRADED_AFTER": "2",
-        "DICOM_NODE_AUDIT__REFUSE_AFTER": "5",
+        "DICOM_NODE_AUDIT__REFUSE_AFTER": "6",
     }
 
 
@@ -79,7 +79,7 @@ def test_away_then_too_much_then_back(tmp_path: Path) -> None:
         await_that(node, lambda: "audit.refuse_after" in node.command("refusals", "--json").stdout)
         assert readiness(node)[0] == 503
         assert "audit.refuse_after" in readiness(node)[1]
-        assert gauge(node, "dicom_node_audit_backlog") == waiting > 5, "what is refused for it leaves no records that wait"
+        assert gauge(node, "dicom_node_audit_backlog") == waiting > 6, "what is refused for it leaves no records that wait"
         checked = node.command("check", expect=1)
         assert "no connection to the audit record repository" in checked.stdout + checked.stderr
         with listener:
@@ -93,6 +93,7 @@ def test_away_then_too_much_then_back(tmp_path: Path) -> None:
             assert gauge(node, "dicom_node_audit_failures_total") >= 1
             assert listener.numbers == list(range(1, len(listener.numbers) + 1))
             actions = [check(message.xml).findall("EventIdentification/EventTypeCode")[-1].get("csd-code") for message in listener.messages]
+            assert actions[0] == "application.started"
             assert actions.count("instance.received") >= 4
         log = node.log_text()
         assert "audit_sink.failed" in log
