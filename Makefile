@@ -29,11 +29,11 @@ run: $(VENV)/runtime  ## start the node with the embedded defaults
 test: $(VENV)/development  ## everything that needs no system package
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not peer'
 
-peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL and the like (needs root)
+peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL, rsyslog and the like (needs root)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-		dcmtk dicom3tools eatmydata gcc libc6-dev odil orthanc orthanc-dicomweb postgresql strace tcpdump \
-		python3-venv >/dev/null
+		dcmtk dicom3tools eatmydata gcc libc6-dev odil orthanc orthanc-dicomweb postgresql \
+		python3-venv rsyslog rsyslog-gnutls rsyslog-openssl strace tcpdump >/dev/null
 	@# Debian starts an Orthanc and a PostgreSQL of its own; the tests start theirs on ports of their own.
 	@service orthanc stop >/dev/null 2>&1 || true
 	@service postgresql stop >/dev/null 2>&1 || true

@@ -195,6 +195,12 @@ class Line:
                 f"the audit record repository {self._name} does not answer the end of the connection (close_notify, RFC 5425 4.4) within "
                 f"{self._answer_s:g} s; look whether it hangs. What it was sent is sent again"
             ) from error
+        except ssl.SSLEOFError as error:  # whoever is between us could do so, and have kept all of it
+            raise SinkFault(
+                f"the audit record repository {self._name} closed the connection without answering its end (close_notify, RFC 5425 "
+                "4.4), so that nobody knows what it took; what it was sent is sent again. If it is an rsyslog: give it the driver ossl "
+                "(package rsyslog-openssl), since gtls never answers"
+            ) from error
         except OSError as error:
             raise self._lost(error) from error
         finally:
