@@ -235,6 +235,7 @@ class Admission:
             self._study_keys.store_in(connection, study_key, stored=not arrived.landed_on)
             self._index.replace_object(connection, known.sealed.object_key, arrived.sealed, landed_on=arrived.landed_on)
             self._queue.rehome(connection, summary.sop_instance_uid, home=arrived.landed_on)
+            self._queue.revive_in(connection, summary.sop_instance_uid)
             self.enqueue_move_in(connection, arrived)
             detail = {"replaced_object_key": known.sealed.object_key, **_where(arrived)}
             self._audit.append(connection, event_of("instance.healed", arrived, detail=detail))

@@ -388,12 +388,13 @@ class Database:
         connection, self._connection = self._connection, None
         outcomes: list[tuple[Any, BaseException | None]] = []
         ordered = any(ticket.ordered for ticket in batch)
+        ask_revision = self._checked  # once: a reader may find the schema right in between
         try:
             if self._fault:
                 raise Unavailable(self._fault)  # noqa: TRY301 - answered below, like every other reason
-            connection, revision = self._begun_write(connection, ordered=ordered)
+            connection, revision = self._begun_write(connection, ordered=ordered, ask_revision=ask_revision)
             with connection.begin():
-                if self._checked:
+                if ask_revision:
                     self._require_head(revision)  # it may have been migrated or moved under a node that runs
                 self._require_schema(connection)
                 for number, ticket in enumerate(batch):
@@ -415,11 +416,11 @@ class Database:
                 ticket.run_callbacks()
             ticket.answer(result, problem)
 
-    def _begun_write(self, connection: Connection | None, *, ordered: bool) -> tuple[Connection, str | None]:
+    def _begun_write(self, connection: Connection | None, *, ordered: bool, ask_revision: bool) -> tuple[Connection, str | None]:
         """Begin on `connection`; on a new one if it was lost since the last batch, or there is none."""
         if connection is not None:
             try:
-                revision = self._backend.begin_write(connection, ordered=ordered, ask_revision=self._checked)
+                revision = self._backend.begin_write(connection, ordered=ordered, ask_revision=ask_revision)
             except BaseException as error:
                 self._discard(connection)
                 if not self._backend.lost(error):
@@ -428,7 +429,7 @@ class Database:
                 return connection, revision
         connection = self._backend.writer.connect()
         try:
-            return connection, self._backend.begin_write(connection, ordered=ordered, ask_revision=self._checked)
+            return connection, self._backend.begin_write(connection, ordered=ordered, ask_revision=ask_revision)
         except BaseException:
             self._discard(connection)
             raise

@@ -507,6 +507,14 @@ class WorkQueue:
         values = {"uid": sop_instance_uid, "to_home": home, "kinds": [kind.value for kind in kinds], "now": self._now()}
         connection.execute(_REHOME, values)
 
+    def revive_in(self, connection: Connection, sop_instance_uid: str, *, kinds: Sequence[JobKind] = _READING) -> int:
+        """Make the dead jobs that read the object of an instance ready again, in the caller's transaction; return how many.
+
+        For an instance whose damaged object was replaced by a whole one: they may have died of it.
+        """
+        where = (JOBS.c.sop_instance_uid == sop_instance_uid) & JOBS.c.kind.in_([kind.value for kind in kinds]) & ~LOST
+        return self._requeue(connection, where, [JobState.DEAD.value])
+
     def lose_in(self, connection: Connection, job_ids: Sequence[int], reason: str) -> None:
         """End jobs whose object was lost with the disk of the node that is their home; whoever held one gets :class:`LeaseLost`.
 

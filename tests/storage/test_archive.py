@@ -502,7 +502,11 @@ def test_a_second_sending_heals_a_damaged_object(house: House, damage: str) -> N
     house.ingest(sample)
     house.ingest(other)
     spoil(object_file(house, sample.sop_instance_uid), damage, object_file(house, other.sop_instance_uid))
+    for job in house.queue.claim_some(JobKind.ANALYSE, owner="test", at_most=2):
+        house.queue.fail(job, "the object is damaged", retryable=False)
     assert house.ingest(sample).outcome is Outcome.STORED
+    assert [job.state for job in house.queue.jobs_of(sample.sop_instance_uid)] == [JobState.READY]  # its analysis died of the damage
+    assert [job.state for job in house.queue.jobs_of(other.sop_instance_uid)] == [JobState.DEAD]
     assert house.read(sample.sop_instance_uid) == sample.data_set
     assert set(house.objects()) == {house.index.find(one.sop_instance_uid).sealed.object_key for one in (sample, other)}
     assert house.landing_files() == []

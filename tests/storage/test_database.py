@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy.exc
@@ -247,6 +247,22 @@ def test_a_database_without_schema_is_named(new_place: str) -> None:
         with pytest.raises(Unavailable, match="no schema"):
             attempt()
     database.close()
+
+
+def test_a_reader_that_finds_the_schema_while_a_write_begins(database: Database, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process's first write and first read at once: the write is not refused because the read was faster."""
+    fresh = open_database(place)
+    begin_write = fresh._backend.begin_write
+
+    def slow(*arguments: Any, **more: Any) -> str | None:
+        revision = begin_write(*arguments, **more)
+        rows(fresh)  # another thread's, in life
+        return revision
+
+    monkeypatch.setattr(fresh._backend, "begin_write", slow)
+    fresh.write(lambda c: put(c, 1))
+    assert rows(fresh) == [1]
+    fresh.close()
 
 
 def test_changed_sees_commits_of_anyone_and_only_those(database: Database, place: str) -> None:
