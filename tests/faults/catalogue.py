@@ -15,6 +15,7 @@ _CUT = "tests/faults/test_power_cut.py::"
 _CHECKER = "tests/faults/test_checker.py::"
 _SCHEDULES = "tests/faults/test_schedules.py::"
 _LYING = "tests/faults/test_lying_s3.py::"
+_CEPH = "tests/faults/test_ceph.py::"
 _DISKS = "tests/faults/test_disks.py::"
 _LINES = "tests/faults/test_lines.py::"
 _ARCHIVE = "tests/storage/test_archive.py::"
@@ -155,6 +156,8 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
             _MOVER + "test_bytes_in_flight_are_limited_and_recover",
             _LYING + "test_down_and_back",
             _ARCHIVE + "test_store_down_then_back",
+            _CEPH + "test_gateway_killed_under_load",
+            _CEPH + "test_osd_killed_under_load",
         ),
         _LYING + "test_control_a_store_that_believes_is_caught",
         "minutes instead of an hour: nothing depends on the length",
@@ -202,6 +205,7 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
             _LYING + "test_hanging_service_stops_no_other",
             _LYING + "test_black_hole",
             _LYING + "test_bytes_that_come_too_slowly",
+            _CEPH + "test_osd_stands_still_under_load",
         ),
         _LYING + "test_deadline_ends_repetitions",
     ),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from storage.errors import StorageError, Unavailable
+from storage.errors import InstanceNotFound, StorageError, Unavailable
 from storage.objects import relative_path
 from storage.records import SealedObject
 from storage.s3 import S3Store
@@ -122,21 +122,20 @@ class Load:
             assert self.changed.wait_for(lambda: len(self.taken) >= wanted, 240), f"{len(self.taken)} of {wanted}, {self.refused} refused"
 
 
-def judge(load: Load, store: S3Store) -> None:
+def judge(ceph: Ceph, load: Load, store: S3Store) -> None:
     """Everything that was taken is there as it was put; nothing of an upload that broke off stays after the sweep."""
     assert load.others == []
     for key, sha256 in load.taken.items():
-        assert hashlib.sha256(whole(store, key)).hexdigest() == sha256
+        assert hashlib.sha256(whole(store, key)).hexdigest() == sha256, f"{key} was altered"
     assert load.taken.keys() <= {info.object_key for info in store.list()}
     store.clean_uploads(datetime.now(UTC) + timedelta(days=1))
-    assert store.clean_uploads(datetime.now(UTC) + timedelta(days=1)) == 0
+    assert "Uploads" not in ceph.client().list_multipart_uploads(Bucket=store._bucket), "parts of an upload stay"
 
 
-def test_gateway_killed_under_load(radosgw: Ceph, store: S3Store, landed: Landed) -> None:
-    """SIGKILL to radosgw, four times, under four threads of puts: what was answered is there, the load goes on by itself (fault 9)."""
-    load = Load(store, landed)
+def kill_gateway_under(radosgw: Ceph, load: Load, times: int) -> None:
+    """SIGKILL to radosgw, so many times, under four threads of puts, which go on by themselves."""
     with load.putting():
-        for _ in range(4):
+        for _ in range(times):
             load.await_more(12)
             radosgw.kill_gateway()
             try:
@@ -146,7 +145,59 @@ def test_gateway_killed_under_load(radosgw: Ceph, store: S3Store, landed: Landed
             finally:
                 radosgw.start_gateway()
         load.await_more(12)
-    judge(load, store)
+
+
+def test_gateway_killed_under_load(radosgw: Ceph, store: S3Store, landed: Landed) -> None:
+    """SIGKILL to radosgw, four times, under load: what was answered is there, the load goes on by itself (fault 9)."""
+    load = Load(store, landed)
+    kill_gateway_under(radosgw, load, 4)
+    judge(radosgw, load, store)
+
+
+class Believer(S3Store):
+    """What a careless client does: a put that failed is taken for one that succeeded."""
+
+    def put(self, object_key: str, path: Path, sealed: SealedObject, *, tags: Mapping[str, str] | None = None) -> None:
+        """Put, and say yes whatever comes."""
+        with suppress(Unavailable):
+            super().put(object_key, path, sealed, tags=tags)
+
+
+def test_control_who_believes_a_failure_loses(radosgw: Ceph, credentials: None, landed: Landed) -> None:
+    """Negative control: the same kill under a client that answers before it knows is found out."""
+    store = Believer(bucket=radosgw.new_bucket(), endpoint_url=radosgw.endpoint, region="us-east-1", attempts=1)
+    load = Load(store, landed)
+    with load.putting():
+        load.await_more(12)
+        radosgw.kill_gateway()
+        try:
+            load.await_more(12)  # it says yes to what nobody took
+        finally:
+            radosgw.start_gateway()
+    with pytest.raises(InstanceNotFound):
+        judge(radosgw, load, store)
+
+
+@pytest.mark.parametrize(("harm", "words"), [("lost", None), ("altered", "was altered"), ("left", "parts of an upload stay")])
+def test_control_what_the_store_loses_is_seen(
+    radosgw: Ceph, store: S3Store, landed: Landed, monkeypatch: pytest.MonkeyPatch, harm: str, words: str | None
+) -> None:
+    """Negative control: one object lost or altered behind the client's back, or one upload left, and the judge says so."""
+    load = Load(store, landed)
+    with load.putting():
+        load.await_more(8)
+    judge(radosgw, load, store)
+    client, name = radosgw.client(), relative_path(next(iter(load.taken)))
+    if harm == "lost":
+        client.delete_object(Bucket=store._bucket, Key=name)
+    elif harm == "altered":
+        size = client.head_object(Bucket=store._bucket, Key=name)["ContentLength"]
+        client.put_object(Bucket=store._bucket, Key=name, Body=bytes(size))
+    else:
+        client.create_multipart_upload(Bucket=store._bucket, Key=name)
+        monkeypatch.setattr(store, "clean_uploads", lambda _older_than: 0)
+    with pytest.raises(InstanceNotFound if harm == "lost" else AssertionError, match=words):
+        judge(radosgw, load, store)
 
 
 def test_osd_stands_still_under_load(radosgw: Ceph, credentials: None, landed: Landed) -> None:
@@ -163,7 +214,21 @@ def test_osd_stands_still_under_load(radosgw: Ceph, credentials: None, landed: L
         finally:
             radosgw.thaw_osd()
         load.await_more(12)
-    judge(load, store)
+    judge(radosgw, load, store)
+
+
+def test_control_without_a_deadline_puts_hang(radosgw: Ceph, credentials: None, landed: Landed) -> None:
+    """Negative control: a client that waits as long as it takes says nothing while the OSD stands still."""
+    load = Load(store_on(radosgw, read_timeout_s=3600.0, deadline_s=3600.0), landed)
+    with load.putting():
+        load.await_more(12)
+        radosgw.freeze_osd()
+        try:
+            with load.changed:
+                assert not load.changed.wait_for(lambda: load.refused, 15)
+        finally:
+            radosgw.thaw_osd()
+        load.await_more(12)
 
 
 def test_osd_killed_under_load(radosgw: Ceph, credentials: None, landed: Landed) -> None:
@@ -175,7 +240,7 @@ def test_osd_killed_under_load(radosgw: Ceph, credentials: None, landed: Landed)
         radosgw.kill_osd()
         radosgw.start_osd()
         load.await_more(12)
-    judge(load, store)
+    judge(radosgw, load, store)
 
 
 @pytest.mark.parametrize("size", [3000, 7 * MEBIBYTE])
@@ -198,6 +263,20 @@ def test_locked_bucket(radosgw: Ceph, credentials: None, landed: Landed, size: i
             erase()
 
 
+def test_control_without_a_lock_it_is_erased(radosgw: Ceph, credentials: None, landed: Landed) -> None:
+    """Negative control: in a bucket that keeps versions and locks none, the same erasures are done."""
+    store = store_on(radosgw, bucket=radosgw.new_bucket(versioned=True), attempts=2)
+    path, sealed = landed(secrets.token_bytes(3000))
+    store.put(sealed.object_key, path, sealed)
+    store.put_document(DOCUMENT, b"document")
+    store.delete(sealed.object_key)
+    store.delete(sealed.object_key, versions=True)
+    store.delete_document(DOCUMENT)
+    left = radosgw.client().list_object_versions(Bucket=store._bucket)
+    assert "Versions" not in left
+    assert "DeleteMarkers" not in left
+
+
 def test_over_tls(tmp_path_factory: pytest.TempPathFactory, credentials: None, landed: Landed) -> None:
     """The same service with a certificate: parts go up without their digest in the signature, and come back whole."""
     shown = certificate(tmp_path_factory.mktemp("tls"))
@@ -214,3 +293,10 @@ def test_over_tls(tmp_path_factory: pytest.TempPathFactory, credentials: None, l
             path, sealed = landed(secrets.token_bytes(size))
             client_store.put(sealed.object_key, path, sealed, tags={"role": "source"})
             assert whole(client_store, sealed.object_key) == path.read_bytes()
+        other = certificate(tmp_path_factory.mktemp("other"))
+        for stranger in (
+            S3Store(bucket=ceph.new_bucket(), endpoint_url=ceph.endpoint, region="us-east-1", ca_file=other, attempts=1),
+            S3Store(bucket=ceph.new_bucket(), endpoint_url=ceph.endpoint, region="us-east-1", attempts=1),
+        ):
+            with pytest.raises(Unavailable, match=r"certificate"):  # negative control: who trusts others does not speak to it
+                stranger.put(sealed.object_key, path, sealed)
