@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 import socket
 import stat
@@ -18,6 +19,7 @@ from storage.errors import StorageError
 
 if TYPE_CHECKING:
     from storage.database import Database
+    from storage.keys import Ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class Finding:
 
 
 def findings(settings: Settings, *, peers: bool = True) -> Iterator[Finding]:
-    """Look at everything the node needs, without starting it or changing anything but making missing folders.
+    """Look at everything the node needs, without starting it; changed is nothing but missing folders, which are made.
+
+    In a bucket a document is put and removed again, and a key of the ring is tried with a secret that nothing is sealed with.
 
     Parameters
     ----------
@@ -100,6 +104,8 @@ def _keys(settings: Settings) -> Finding:
     try:
         ring = Ring.load(path)
         if not settings.database.url and not database_file(settings).exists():
+            if fault := _unusable(ring):
+                return Finding("keys", passed=False, text=fault)
             return Finding("keys", passed=True, text=f"{path} is readable for us alone")
         database = open_database(settings, ring)
         try:
@@ -110,11 +116,25 @@ def _keys(settings: Settings) -> Finding:
             database.close()
     except StorageError as error:
         return Finding("keys", passed=False, text=str(error))
+    if not fault:
+        fault = _unusable(ring)
     if fault:
         return Finding("keys", passed=False, text=fault)
     if want_of_room or weaknesses:
         return Finding("database", passed=False, text="; ".join([*want_of_room, *weaknesses]))
     return Finding("keys", passed=True, text=f"{path} is readable for us alone, and opens the database")
+
+
+def _unusable(ring: Ring) -> str:
+    """Say why the ring's primary key cannot be used, a key of KMS perhaps that this node has no right to; empty when it can."""
+    name = secrets.token_hex(16)
+    try:
+        wrapping_key_id, secret, wrapped = ring.generate(name)
+        if ring.unwrap(wrapping_key_id, wrapped, name) != secret:
+            return "the primary key of the ring does not open what it closed"
+    except StorageError as error:
+        return str(error)
+    return ""
 
 
 def _want_of_room(database: Database) -> list[str]:
@@ -162,16 +182,27 @@ def _running(lock: Path) -> str:
 
 def _store(settings: Settings) -> Finding:
     from dicom_node.storehouse import object_store
+    from storage.s3 import S3Store
 
+    versions: bool | None = True
     try:
-        object_store(settings).check()
+        store = object_store(settings)
+        store.check()
+        if isinstance(store, S3Store):
+            versions = store.trial()
     except StorageError as error:
         return Finding("archive.store", passed=False, text=str(error))
     except OSError as error:
         text = f"{settings.node.data_dir} cannot be used ({error.strerror}); name a folder this user may write"
         return Finding("archive.store", passed=False, text=text)
-    where = f"bucket {settings.archive.bucket}" if settings.archive.store == "s3" else "folder objects in node.data_dir"
-    return Finding("archive.store", passed=True, text=f"{where} can be reached")
+    if settings.archive.store != "s3":
+        return Finding("archive.store", passed=True, text="folder objects in node.data_dir can be reached")
+    text = f"bucket {settings.archive.bucket} can be reached, written, read, listed and cleared"
+    if versions is None:
+        return Finding("archive.store", passed=True, text=f"{text}; whether it keeps versions it does not tell")
+    if not versions:
+        return Finding("archive.store", passed=None, text=f"{text}, but keeps no versions: what anybody deletes there is gone")
+    return Finding("archive.store", passed=True, text=f"{text}, and keeps versions")
 
 
 def _audit(settings: Settings) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -521,6 +522,35 @@ class S3Store:
     def check(self) -> None:
         """Ask whether the bucket is there and may be used."""
         self._client.call("head_bucket", self._deadline(), "reach")
+
+    def trial(self) -> bool | None:
+        """Do once, with a document that is gone afterwards, what the node does with its bucket, so that a right that lacks is found now.
+
+        Returns whether the bucket keeps versions; None: the service does not tell.
+
+        Raises
+        ------
+        Unavailable
+            The first thing that cannot be done, and why.
+        """
+        token = secrets.token_hex(16)
+        name = f"trial/{token[:2]}/{token}"
+        try:
+            self.put_document(name, b"dicom-node tries what it may do here")
+            if name not in self.list_documents(f"trial/{token[:2]}/"):
+                raise Unavailable(f"bucket {self._bucket!r} does not list what was put; look into the store's health")
+        except StorageError:
+            with contextlib.suppress(StorageError):  # said is what failed first
+                self.delete_document(name)
+            raise
+        self.delete_document(name)
+        with contextlib.suppress(ClientError):  # a service without such uploads
+            self._client.call("list_multipart_uploads", self._deadline(), "list uploads of", expected=_NO_UPLOADS, MaxUploads=1)
+        try:
+            told = self._client.call("get_bucket_versioning", self._deadline(), "ask", expected=(*_NOT_IMPLEMENTED, 403))
+        except ClientError:
+            return None
+        return told.get("Status") == "Enabled"
 
     # --- documents -------------------------------------------------------------------------------------------------------
 

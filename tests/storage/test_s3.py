@@ -197,6 +197,15 @@ def test_tags_that_s3_does_not_take(moto: Callable[..., tuple[S3Store, str, Any]
         moto(tags=tags)
 
 
+def test_a_trial_tells_versions_and_leaves_nothing(moto: Callable[..., tuple[S3Store, str, Any]]) -> None:
+    """What was put for the trial is gone, each version of it; whether the bucket keeps versions is told."""
+    store, bucket, client = moto()
+    assert store.trial() is False
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    assert store.trial() is True
+    assert not {"Versions", "DeleteMarkers"} & client.list_object_versions(Bucket=bucket).keys()
+
+
 def test_unknown_tier_is_refused(moto: Callable[..., tuple[S3Store, str, Any]]) -> None:
     """A tier of restoring that does not exist is named when the store is made."""
     with pytest.raises(ValueError, match="Expedited, Standard, Bulk"):
@@ -442,6 +451,21 @@ def test_a_refusal_without_words_is_asked_about(counted: tuple[LyingS3, S3Store]
     s3.fail(error(status, code), operation="list")
     with pytest.raises(Unavailable, match=said):
         store.check()
+
+
+@pytest.mark.parametrize(
+    ("operation", "said"),
+    [("put", "cannot write"), ("get", "cannot read"), ("list", "cannot list"), ("delete", "cannot"), ("uploads", "cannot list uploads of")],
+)
+def test_a_trial_finds_the_right_that_lacks(counted: tuple[LyingS3, S3Store], operation: str, said: str) -> None:
+    """Each right alone, while all others are there: which one is said, and nothing is left where it may be removed."""
+    s3, store = counted
+    store.trial()
+    assert s3.objects() == {}
+    s3.fail(error(403, "AccessDenied"), operation=operation)
+    with pytest.raises(Unavailable, match=rf"{said}.*access denied \(AccessDenied\); check the credentials and the policy"):
+        store.trial()
+    assert bool(s3.objects()) == (operation == "delete")
 
 
 @pytest.mark.parametrize(
