@@ -12,6 +12,7 @@
     ├── LeaseLost                another worker holds the job now     0x0110  no retry
     ├── Unavailable              store, database or disk              0xA700  retry
     │   ├── ColdObject           in a cold storage class, being restored
+    │   ├── KeyNotHere           another node's key wrapped it
     │   └── LostObject           lost with the disk of a node           0xA700  no retry
     └── IntegrityError           tag, digest or chain mismatch        0x0110  no retry, alarm
 
@@ -91,6 +92,13 @@ class ColdObject(Unavailable):
     def __init__(self, message: str, retry_after_s: int = 14_400) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class KeyNotHere(Unavailable):
+    """A study key was wrapped by a key that the ring of this node lacks: another node has it, or a backup of the ring.
+
+    No sign of damage: it opens as soon as the ring is copied here, without a restart. Nor is the store away: what comes after it is read.
+    """
 
 
 class LostObject(Unavailable):

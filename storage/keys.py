@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
-from storage.errors import IntegrityError, Unavailable
+from storage.errors import IntegrityError, KeyNotHere, Unavailable
 
 KEY_BYTES: Final = 32
 """Bytes of every secret key of ours."""
@@ -152,6 +152,10 @@ class _Content:
         keys = self.keys if entry is None else {**self.keys, key_id: entry}
         return replace(self, keys=keys, primary=key_id, wrapped=keys[key_id].key.wrap(secret, _RING_SECRET, self.ring_id))
 
+    def at(self, place: str) -> list[str]:
+        """Return the ids of the keys at an address in a key service."""
+        return [key_id for key_id, entry in self.keys.items() if place and entry.key.place == place]
+
     def shown(self) -> list[KeyInfo]:
         return [KeyInfo(key_id, entry.created_at, key_id == self.primary, entry.key.place) for key_id, entry in self.keys.items()]
 
@@ -230,8 +234,14 @@ class Ring:
         return cls.load(path)
 
     @classmethod
-    def add(cls, path: Path | str, key: WrappingKey | None = None) -> str:
+    def add(cls, path: Path | str, key: WrappingKey | None = None, *, promote: bool = True) -> str:
         """Add a key, a new :class:`FileKey` by default, and make it primary; study keys wrapped before stay readable by the older keys.
+
+        Parameters
+        ----------
+        promote
+            False where other nodes have copies of the ring: what it wraps they cannot open until they have it too, and :meth:`promote` is
+            for when they do.
 
         Returns
         -------
@@ -241,14 +251,22 @@ class Ring:
         Raises
         ------
         Unavailable
-            As :meth:`load` and :meth:`create`; the ring is then as it was.
+            As :meth:`load` and :meth:`create`; or the key of this address is in the ring already. The ring is then as it was.
         """
         path = Path(path)
         key_id = _new_id()
+        key = FileKey() if key is None else key
         with _locked(path):
             content, _ = _read(path)
-            fresh = content.with_primary(key_id, content.secret(path), _Entry(FileKey() if key is None else key, _now()))
+            if same := content.at(key.place):
+                raise Unavailable(
+                    f"{key.place} is in the ring already, as key {same[0]}: to change it, make a new key in the key service and name that "
+                    "one in keys.kms_key_id"
+                )
+            fresh = content.with_primary(key_id, content.secret(path), _Entry(key, _now()))
             fresh.secret(path)  # as in create
+            if not promote:
+                fresh = replace(content, keys=fresh.keys)
             _write(path, fresh, replacing=True)
         return key_id
 
@@ -348,14 +366,19 @@ class Ring:
         Raises
         ------
         IntegrityError
-            The wrapping key is not in the ring, or did not wrap these bytes for this study key.
+            The wrapping key did not wrap these bytes for this study key; or its id is none.
+        KeyNotHere
+            The wrapping key is not in the ring: another node's has it.
         Unavailable
             The key service cannot be used now; or the key may have been added since, but the file cannot be read now.
         """
         entry = self._content.keys.get(wrapping_key_id) or self._look(now=True).keys.get(wrapping_key_id)
         if entry is None:
-            raise IntegrityError(
-                "a study key was wrapped by a key that is not in the ring: restore the ring that had it, or the study key is damaged"
+            if not _ID.fullmatch(wrapping_key_id):
+                raise IntegrityError("a study key names its wrapping key by no key's name: it is damaged")
+            raise KeyNotHere(
+                f"the key ring {self._path} lacks key {wrapping_key_id}, which another node uses: copy the ring of that node here, or put "
+                "back the one that had it (nothing has to be restarted)"
             )
         return entry.key.unwrap(wrapped, _STUDY_KEY, study_key_id)
 

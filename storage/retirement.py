@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from storage.erasure import erased_keys
-from storage.errors import InstanceNotFound, IntegrityError
+from storage.errors import InstanceNotFound, IntegrityError, KeyNotHere
 from storage.study_keys import document_name
 
 if TYPE_CHECKING:
@@ -79,7 +79,14 @@ class Retirement:
         ------
         Unavailable
             A study key in the table is wrapped by it: rotate first. Or as `StudyKeys.retire`; or store or key service cannot be used now.
+        KeyNotHere
+            Study keys are wrapped by another key, which this ring lacks: were it copied to where that key is, nothing would open them.
         """
+        if lacking := sorted(key_id for key_id in self._study_keys.counts() if not self._ring.holds(key_id)):
+            raise KeyNotHere(
+                f"the key ring {self._ring.path} lacks keys that study keys are wrapped by ({', '.join(lacking)}): it is not the newest of "
+                "the nodes that share this database; copy the ring that has them here first"
+            )
         done = 0
         if wrapping_key_id != self._ring.primary_key_id and self._ring.holds(wrapping_key_id) and self._study_keys.unused(wrapping_key_id):
             store = self._store

@@ -21,7 +21,7 @@ from sqlalchemy import bindparam, select, update
 
 from storage.admission import event_of
 from storage.envelope import Opener, Sealer
-from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError, KeyNotHere, LostObject, StorageError, Unavailable
 from storage.failpoints import unarmed
 from storage.objects import CHUNK
 from storage.places import digest_of
@@ -207,7 +207,7 @@ class Scrub:
                 if reader.size == record.sealed.byte_count and digest_of(reader) == record.sealed.sha256:
                     self._put_again(record, reader)
                     return True
-            except IntegrityError as error:
+            except (IntegrityError, KeyNotHere) as error:
                 _log.error("scrub.not_healed", extra={"object_key": record.sealed.object_key, "reason": str(error)})
             finally:
                 reader.close()
@@ -268,7 +268,13 @@ class Scrub:
             if not rows:
                 break
             for row in rows:
-                if not self._as_its_row(row.id):
+                try:
+                    same = self._as_its_row(row.id)
+                except KeyNotHere as error:  # a node that has the key can compare them
+                    _log.warning("study_key.not_here", extra={"study_key_id": row.id, "reason": str(error)})
+                    found.unreadable += 1
+                    continue
+                if not same:
                     self._database.write(partial(_distrust, study_key_id=row.id, was=row.wrapped))
                     found.documents += 1
             after = rows[-1].id
@@ -301,7 +307,8 @@ class Scrub:
 class Unread:
     """Objects that cannot be read now.
 
-    One bad sector must not keep all behind it from being looked at; but when many in a row cannot be read, the store is away.
+    One bad sector must not keep all behind it from being looked at, nor a key that this node lacks; but when many in a row cannot be
+    read, the store is away.
     """
 
     def __init__(self) -> None:
@@ -313,7 +320,8 @@ class Unread:
 
     def note(self, object_key: str, error: Unavailable) -> None:
         """Note one, and log it; after so many in a row the store is away, and the error is raised."""
-        self._in_a_row += 1
+        if not isinstance(error, KeyNotHere):
+            self._in_a_row += 1
         if self._in_a_row >= _UNREADABLE_IN_A_ROW:
             raise error
         _log.error("object.unreadable", extra={"object_key": object_key, "reason": str(error)})

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 from sqlalchemy import BigInteger, Column, Integer, Row, Table, Text, bindparam, case, delete, func, insert, select, update
 
 from storage.database import METADATA, from_micros, to_micros
-from storage.errors import IntegrityError, Unavailable
+from storage.errors import IntegrityError, KeyNotHere, Unavailable
 from storage.failpoints import unarmed
 from storage.keys import Ring
 from storage.prepared import Prepared
@@ -162,6 +162,9 @@ class StudyKeys:
                     key = self._opened(row)
                 except IntegrityError as error:
                     _log.error("study_key.damaged", extra={"study_key_id": row.id, "reason": str(error)})
+                    continue
+                except KeyNotHere as error:  # to take in what arrives, this node needs no key of another
+                    _log.warning("study_key.not_here", extra={"study_key_id": row.id, "reason": str(error)})
                     continue
                 self._remember(key, in_table=True, current=True)
                 return key
@@ -385,7 +388,7 @@ class StudyKeys:
                 try:
                     # not publish: what is remembered here may be from before
                     self._put_again(study_key_id, put_document, delete_document)
-                except IntegrityError as error:
+                except (IntegrityError, KeyNotHere) as error:
                     _log.error("study_key.unpublished", extra={"study_key_id": study_key_id, "reason": str(error)})
                     continue
                 done += 1
@@ -454,14 +457,16 @@ class StudyKeys:
         ------
         IntegrityError
             Some could not be opened (they stand in the log); all others are done.
+        KeyNotHere
+            The same, as this ring lacks the keys that wrap them.
         Unavailable
             Database, store, ring or key service; what was done stays done.
         """
-        done, damaged = 0, 0
+        done, damaged, not_here = 0, 0, ""
         again = True
         with ThreadPoolExecutor(_PARALLEL, "rotate") as pool:
             while again:  # until a whole pass finds nothing: keys may come under the old wrapping key meanwhile
-                again, damaged, after = False, 0, ""
+                again, damaged, not_here, after = False, 0, "", ""
                 total = done + self._count_left()
                 while batch := self._left(after):
                     after = batch[-1].id
@@ -469,7 +474,8 @@ class StudyKeys:
                     self._database.write(partial(_doubt_in, study_key_ids=[row.id for row in batch], doubt=doubt))
                     tasks = [pool.submit(self._re_wrapped, row, put_document) for row in batch]
                     pairs = [(row, task.result()) for row, task in zip(batch, tasks, strict=True)]
-                    fresh = [(row, key) for row, key in pairs if key is not None]
+                    fresh = [(row, key) for row, key in pairs if isinstance(key, StudyKey)]
+                    not_here = next((str(key) for _, key in pairs if isinstance(key, KeyNotHere)), not_here)
                     damaged += len(batch) - len(fresh)
                     changed = self._database.write(partial(_replace_in, fresh=fresh, doubt=doubt))
                     self._reach("rotate.row")
@@ -481,6 +487,8 @@ class StudyKeys:
                     again = again or bool(fresh)
                     progress(done, max(done, total))
         self.publish_all(put_document=put_document, delete_document=delete_document)
+        if not_here:
+            raise KeyNotHere(f"{damaged} study keys keep their wrapping key, all others are done: {not_here}; then run this again")
         if damaged:
             raise IntegrityError(
                 f"{damaged} study keys could not be opened and keep their wrapping key: the log names them; restore their documents or rows"
@@ -524,13 +532,14 @@ class StudyKeys:
         with self._database.read() as connection:
             return int(connection.execute(_COUNT_LEFT, {"primary": self._ring.primary_key_id}).scalar_one())
 
-    def _re_wrapped(self, row: Row[Any], put_document: PutDocument) -> StudyKey | None:
-        """Return a key with a new wrap and its document replaced; None when it cannot be opened."""
+    def _re_wrapped(self, row: Row[Any], put_document: PutDocument) -> StudyKey | IntegrityError | KeyNotHere:
+        """Return a key with a new wrap and its document replaced; or why it cannot be opened."""
         try:
             key = self._opened(row)
-        except IntegrityError as error:
-            _log.error("study_key.damaged", extra={"study_key_id": row.id, "reason": str(error)})
-            return None
+        except (IntegrityError, KeyNotHere) as error:
+            event = "study_key.not_here" if isinstance(error, KeyNotHere) else "study_key.damaged"
+            _log.error(event, extra={"study_key_id": row.id, "reason": str(error)})
+            return error
         wrapping_key_id, wrapped = self._ring.wrap(key.secret, key.id)
         key = replace(key, wrapping_key_id=wrapping_key_id, wrapped=wrapped)
         self._reach("rotate.wrapped")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from storage.envelope import Opener
-from storage.errors import InstanceNotFound, IntegrityError
+from storage.errors import InstanceNotFound, IntegrityError, KeyNotHere
 from storage.intake import footer_to_record
 from storage.objects import CHUNK
 from storage.records import InstanceRecord, SealedObject
@@ -104,13 +104,13 @@ class KeyRing:
             raise IntegrityError("the object names its study key by no key's name: it is damaged")
         if self._study_keys.known([study_key_id]):
             return self._study_keys.get(study_key_id)
-        damaged: IntegrityError | None = None
+        damaged: IntegrityError | KeyNotHere | None = None
         for store in self._stores:
             try:
                 key = self._study_keys.from_document(store.get_document(document_name(study_key_id)))
             except InstanceNotFound:
                 continue
-            except IntegrityError as error:
+            except (IntegrityError, KeyNotHere) as error:
                 damaged = damaged or error  # another store may have a good one
                 continue
             return replace(key, stored=store is self._stores[0])

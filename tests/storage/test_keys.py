@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.keywrap import aes_key_unwrap, aes_key_wrap
 
-from storage.errors import IntegrityError, Unavailable
+from storage.errors import IntegrityError, KeyNotHere, Unavailable
 from storage.keys import FileKey, Ring, derive_key
 
 NAME = "a" * 32
@@ -81,7 +81,7 @@ def test_create_add_promote_remove(tmp_path: Path) -> None:
     Ring.remove(path, old_id)
     last = Ring.load(path)
     assert last.unwrap(new_id, again, NAME) == secret
-    with pytest.raises(IntegrityError, match="not in the ring"):
+    with pytest.raises(KeyNotHere, match=f"lacks key {old_id}"):
         last.unwrap(old_id, wrapped, NAME)
     assert first.database_key() == ring.database_key() == last.database_key()
     assert len(last.database_key()) == 32

@@ -180,7 +180,7 @@ def test_damaged_rows(site: Site, caplog: pytest.LogCaptureFixture) -> None:
         {"wrapped": "?"},
         {"wrapped": base64.b64encode(bytes(40)).decode()},
         {"wrapped": rows[other[0]].wrapped},
-        {"wrapping_key_id": "0" * 16},
+        {"wrapping_key_id": "0" * 15},
     ):
         site.alter(admitted[0], **{"wrapped": rows[admitted[0]].wrapped, "wrapping_key_id": rows[admitted[0]].wrapping_key_id, **values})
         keys = site.node()
