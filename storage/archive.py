@@ -761,6 +761,7 @@ class Archive:
             study_keys=self._study_keys,
             places=self._places,
             jobs_for=self._jobs_for,
+            follow_marks=self.quarantine().follow_marks,
             reach=self._reach,
             clock=self._clock,
         )

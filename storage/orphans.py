@@ -11,6 +11,7 @@ its instance is archived, equal, not whole    it takes the place of the damaged 
 its instance is on a node's disk alone        it takes its place, if it is equal and in the store
 its instance was lost with its node           it takes its place, if it is equal
 its instance is archived with other content   set aside in quarantine
+it has a mark of the quarantine               set aside again, as the mark says
 nobody knows its instance                     **adopted**: filed and analysed like one that arrived
 a report whose analysis is still to be done   deleted: the analysis brings it again (adopted, after a restore)
 it is damaged, or cannot be judged now        left, and counted
@@ -35,6 +36,7 @@ from storage.database import utc_now
 from storage.erasure import all_erased_keys, erased_keys
 from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 from storage.failpoints import unarmed
+from storage.quarantine import Mark, Marks
 from storage.records import InstanceRecord, JobKind, JobState, NewJob, ReportRecord
 from storage.scrub import Unread
 from storage.study_keys import STUDY_KEYS, document_name
@@ -105,6 +107,8 @@ class _Orphan:
     in_spool: bool
     analysed: str
     """Of a summary: what it was made from."""
+    mark: Mark | None
+    """It was set aside, by an operator or for what was there first."""
 
 
 class Orphans:
@@ -116,6 +120,8 @@ class Orphans:
         The parts it ties together.
     jobs_for
         As `storage.archive.Archive`.
+    follow_marks
+        `storage.quarantine.Quarantine.follow_marks`: called when instances are settled, and reports are not yet.
     reach
         Failpoint orphan.judged.
     clock
@@ -132,6 +138,7 @@ class Orphans:
         study_keys: StudyKeys,
         places: Places,
         jobs_for: Callable[[Summary, Origin], Sequence[NewJob]],
+        follow_marks: Callable[[], object] = lambda: None,
         reach: Callable[[str], None] = unarmed,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
@@ -142,6 +149,7 @@ class Orphans:
         self._study_keys = study_keys
         self._places = places
         self._jobs_for = jobs_for
+        self._follow_marks = follow_marks
         self._reach = reach
         self._clock = clock
 
@@ -191,18 +199,36 @@ class Orphans:
     ) -> None:
         found: list[_Orphan] = []
         unread = Unread()
+        marks = cache(partial(Marks, self._places.store))
         erased = cache(partial(all_erased_keys, self._database))
         with ThreadPoolExecutor(_AT_ONCE if self._places.remote else 1, "orphans") as pool:
             while page := list(islice(object_keys, _PAGE)):
                 pace(0)
                 orphans = self._without_row(page, in_spool=in_spool)
-                look = partial(self._look, keys=keys, erased=erased, in_spool=in_spool, restored=restored)
+                look = partial(self._look, keys=keys, marks=marks, erased=erased, in_spool=in_spool, restored=restored)
                 for object_key, (seen, orphan) in zip(orphans, pool.map(look, orphans), strict=True):
                     swept.note(_noted(unread, object_key, seen))
                     found += [orphan] if orphan is not None else []
-        analysed = {orphan.analysed for orphan in found}
+        analysed = {orphan.analysed for orphan in found if orphan.mark is None}
         found.sort(key=lambda orphan: (orphan.is_report, orphan.received_at, orphan.object_key))
-        for orphan in found:
+        sources = [orphan for orphan in found if not orphan.is_report]
+        self._settle_all(sources, keys, analysed, swept, unread, restored=restored, pace=pace)
+        if not in_spool:
+            self._follow_marks()  # before a report finds the instance of its source's UID
+        self._settle_all(found[len(sources) :], keys, analysed, swept, unread, restored=restored, pace=pace)
+
+    def _settle_all(
+        self,
+        orphans: Sequence[_Orphan],
+        keys: KeyRing,
+        analysed: set[str],
+        swept: Swept,
+        unread: Unread,
+        *,
+        restored: bool,
+        pace: Callable[[int], object],
+    ) -> None:
+        for orphan in orphans:
             self._reach("orphan.judged")
             judged: Fate | Unavailable | None
             try:
@@ -223,12 +249,13 @@ class Orphans:
         return [object_key for object_key in object_keys if object_key not in known]
 
     def _look(
-        self, object_key: str, *, keys: KeyRing, erased: Callable[[], set[str]], in_spool: bool, restored: bool
+        self, object_key: str, *, keys: KeyRing, marks: Callable[[], Marks], erased: Callable[[], set[str]], in_spool: bool, restored: bool
     ) -> tuple[Fate | Unavailable | None, _Orphan | None]:
         """Read an orphan's record; what nobody can open is done with. Unavailable is handed back."""
         try:
             try:
                 heard = self._hear(object_key, keys, in_spool=in_spool, told_sha256=lambda: "-")
+                mark = marks().of(object_key)
             except NoStudyKey as error:
                 if restored or keys.listed(error.study_key_id):
                     return "waiting", None  # table or documents may be older than they should be, or the store was wrong about one of them
@@ -242,7 +269,7 @@ class Orphans:
         except Unavailable as error:
             return error, None
         analysed = str(heard.report["source_sop_instance_uid"]) if heard.report is not None and heard.report["kind"] == "summary" else ""
-        return None, _Orphan(heard.report is not None, heard.record.origin.received_at, object_key, in_spool, analysed)
+        return None, _Orphan(heard.report is not None, heard.record.origin.received_at, object_key, in_spool, analysed, mark)
 
     def _hear(
         self,
@@ -277,7 +304,16 @@ class Orphans:
             self._delete(orphan.object_key, in_spool=orphan.in_spool)
             return "deleted"
         fate = self._database.write(
-            partial(self._settle_in, record=record, heard=heard, judged=known, whole=whole, analysed=analysed, restored=restored)
+            partial(
+                self._settle_in,
+                record=record,
+                heard=heard,
+                mark=orphan.mark,
+                judged=known,
+                whole=whole,
+                analysed=analysed,
+                restored=restored,
+            )
         )
         if fate == "deleted":
             self._delete(orphan.object_key, in_spool=orphan.in_spool)
@@ -291,6 +327,7 @@ class Orphans:
         *,
         record: InstanceRecord,
         heard: Testimony,
+        mark: Mark | None,
         judged: InstanceRecord | None,
         whole: bool,
         analysed: set[str],
@@ -312,6 +349,8 @@ class Orphans:
             detail = {"replaced_object_key": known.sealed.object_key, "by": "an object that no row named"}
             self._audit.append(connection, event_of("instance.healed", record, detail=detail))
             return "healed"
+        if mark is not None:
+            return self._set_aside_in(connection, record, heard, mark.reason, at=mark.quarantined_at)
         if known is not None:
             return self._set_aside_in(connection, record, heard, "another instance of this SOP Instance UID is archived")
         if heard.report is not None and self._index.find_in(connection, str(heard.report["source_sop_instance_uid"])) is None:
@@ -342,8 +381,10 @@ class Orphans:
                 delete(JOBS).where(JOBS.c.sop_instance_uid == source, JOBS.c.kind == JobKind.ANALYSE.value, JOBS.c.state.in_(undone))
             )
 
-    def _set_aside_in(self, connection: Connection, record: InstanceRecord, heard: Testimony, reason: str) -> Fate:
-        if not self._index.quarantine(connection, record, reason):
+    def _set_aside_in(
+        self, connection: Connection, record: InstanceRecord, heard: Testimony, reason: str, *, at: datetime | None = None
+    ) -> Fate:
+        if not self._index.quarantine(connection, record, reason, at=at):
             return "deleted"  # the same content is in quarantine already
         self._study_keys.restore_in(connection, heard.study_key, stored=heard.study_key.stored)
         self._move_in(connection, record)

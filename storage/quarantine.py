@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from storage.work import WorkQueue
 
 _FORMAT = "dicom-node quarantine 1"
+_FOLLOWED = "the marks in the store say that an operator decided so, after the backup that this database comes from"
 _log = logging.getLogger(__name__)
 
 
@@ -74,6 +75,24 @@ def read_mark(store: ObjectStore, object_key: str) -> Mark | None:
         return Mark(str(found["reason"]), datetime.fromisoformat(found["quarantined_at"]))
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"the quarantine mark of object {object_key} is damaged; the caretaker writes it anew") from error
+
+
+class Marks:
+    """The marks of a store, listed once.
+
+    Parameters
+    ----------
+    store
+        Where they lie.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self.object_keys = frozenset(name.rpartition("/")[2] for name in store.list_documents("quarantine/"))
+
+    def of(self, object_key: str) -> Mark | None:
+        """Return the mark of an object, None when it was not set aside; raises as `read_mark`."""
+        return read_mark(self._store, object_key) if object_key in self.object_keys else None
 
 
 class Quarantine:
@@ -188,19 +207,46 @@ class Quarantine:
         self._places.store.delete_document(mark_name(object_key))
 
     def synchronise_marks(self) -> int:
-        """Write the marks that the store lacks and remove those of what is not in quarantine (any more); return how many."""
+        """Write the marks that the store lacks and remove those of what is not in quarantine (any more); return how many.
+
+        The database may be older than the store, or not its own: what an operator decided since (`follow_marks`) is taken up before, and
+        the mark stays of an object that is still there and of which no row and no record of the audit trail tells.
+        """
+        self.follow_marks()
         store = self._places.store
         wanted = {one.record.sealed.object_key: one for one in self._index.quarantined() if not one.record.landed_on}
-        there = {name.rpartition("/")[2] for name in store.list_documents("quarantine/")}
+        there = Marks(store).object_keys
         for object_key in sorted(wanted.keys() - there):
             one = wanted[object_key]
             content = {"format": _FORMAT, "reason": one.reason, "quarantined_at": one.quarantined_at.isoformat()}
             store.put_document(mark_name(object_key), json.dumps(content, sort_keys=True).encode())
-        gone = there - wanted.keys()
-        for object_key in sorted(gone):
-            if self._of_no_row_or_archived(object_key):
-                store.delete_document(mark_name(object_key))
+        gone = [object_key for object_key in sorted(there - wanted.keys()) if self._is_over(object_key)]
+        for object_key in gone:
+            store.delete_document(mark_name(object_key))
         return len(wanted.keys() - there) + len(gone)
+
+    def follow_marks(self) -> int:
+        """Take up what an operator decided after the backup that this database was restored from; return how many decisions.
+
+        An archived object with a mark, and the audit trail does not say that it was accepted: it was set aside since. The one object of
+        its UID that is in quarantine without a mark was accepted in its stead, and is so again.
+        """
+        marked = Marks(self._places.store).object_keys
+        unmarked: dict[str, list[QuarantinedInstance]] = {}
+        for one in self._index.quarantined() if marked else ():
+            if not one.record.landed_on and one.record.sealed.object_key not in marked:
+                unmarked.setdefault(one.record.summary.sop_instance_uid, []).append(one)
+        followed = 0
+        for uid, (one, *more) in unmarked.items():
+            with self._database.read() as connection:
+                archived = self._index.find_in(connection, uid)
+            if more or archived is None or archived.sealed.object_key not in marked or self._was_accepted(archived):
+                continue  # of several nobody can say which: an operator decides again
+            try:
+                followed += self._database.write(partial(self._follow_in, one=one, archived=archived))
+            except ConflictingInstance as error:
+                _log.warning("quarantine.not_followed", extra={"object_key": one.record.sealed.object_key, "reason": str(error)})
+        return followed
 
     # -- the transactions --------------------------------------------------------------------------------------------------------
 
@@ -245,6 +291,15 @@ class Quarantine:
         self._audit.append(connection, event)
         return record
 
+    def _follow_in(self, connection: Connection, *, one: QuarantinedInstance, archived: InstanceRecord) -> int:
+        """Accept what was accepted after the backup, unless something changed meanwhile."""
+        found = self._index.quarantined_in(connection, quarantine_id=one.id)
+        known = self._index.find_in(connection, archived.summary.sop_instance_uid)
+        if not found or found[0].record != one.record or known is None or known.sealed != archived.sealed:
+            return 0
+        self._accept_in(connection, quarantine_id=one.id, actor="node", reason=_FOLLOWED)
+        return 1
+
     @staticmethod
     def _is_lost_in(connection: Connection, record: InstanceRecord) -> bool:
         return bool(record.landed_on) and was_lost_in(connection, record.summary.sop_instance_uid, home=record.landed_on)
@@ -257,11 +312,31 @@ class Quarantine:
                 connection, NewJob(JobKind.ARCHIVE, record.summary.sop_instance_uid, payload=payload, home=record.landed_on)
             )
 
-    def _of_no_row_or_archived(self, object_key: str) -> bool:
-        """Look again, now: a mark of an object that is in quarantine stays."""
+    def _is_over(self, object_key: str) -> bool:
+        """Look again, now: whether an object with a mark was accepted, or is gone."""
         with self._database.read() as connection:
             record = self._index.record_of_object_in(connection, object_key)
-            if record is None:
-                return True
-            kept = self._index.quarantined_in(connection, sop_instance_uid=record.summary.sop_instance_uid)
-            return object_key not in {one.record.sealed.object_key for one in kept}
+            uid = "" if record is None else record.summary.sop_instance_uid
+            kept = self._index.quarantined_in(connection, sop_instance_uid=uid) if uid else []
+        if record is None:
+            return not self._is_there(object_key)
+        if object_key in {one.record.sealed.object_key for one in kept}:
+            return False
+        if self._was_accepted(record):
+            return True
+        _log.warning("quarantine.mark_contradicts", extra={"object_key": object_key})  # the database is older than the mark
+        return False
+
+    def _is_there(self, object_key: str) -> bool:
+        try:
+            self._places.store.stat(object_key)
+        except InstanceNotFound:
+            return False
+        return True
+
+    def _was_accepted(self, record: InstanceRecord) -> bool:
+        """Ask the audit trail whether an archived object came out of the quarantine."""
+        return any(
+            entry.event.action == "quarantine.accepted" and entry.event.detail.get("object_key") == record.sealed.object_key
+            for entry in self._audit.events_of(record.summary.sop_instance_uid)
+        )

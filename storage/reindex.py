@@ -31,7 +31,7 @@ from storage.database_name import name_of
 from storage.errors import InstanceNotFound, IntegrityError, Unavailable
 from storage.failpoints import unarmed
 from storage.intake import footer_to_record, record_to_footer
-from storage.quarantine import read_mark
+from storage.quarantine import Marks
 from storage.records import AuditEvent, InstanceRecord, JobKind, NewJob, ReportRecord, SealedObject
 from storage.study_keys import document_name
 from storage.tables import INSTANCES, QUARANTINE, REPORTS, STUDIES
@@ -241,7 +241,7 @@ class Reindex:
 
     def _hear_all(self, found: Reindexed, progress: Progress) -> None:
         keys = KeyRing(self._study_keys, [], remembered=_KEYS)
-        marked = {name.rpartition("/")[2] for name in self._places.store.list_documents("quarantine/")}
+        marks = Marks(self._places.store)
         done = 0
         with ThreadPoolExecutor(_AT_ONCE, "reindex") as pool:
             for store, landed_on in (
@@ -252,7 +252,7 @@ class Reindex:
                 while page := list(islice(listed, _PAGE)):
                     new = self._unheard([info.object_key for info in page])
                     cold = {info.object_key for info in page if info.cold}
-                    hear_one = partial(self._hear, store=store, landed_on=landed_on, keys=keys, cold=cold, marked=marked)
+                    hear_one = partial(self._hear, store=store, landed_on=landed_on, keys=keys, cold=cold, marks=marks)
                     values = list(pool.map(hear_one, new))
                     heard = [one for one in values if isinstance(one, dict)]
                     if heard:
@@ -269,7 +269,7 @@ class Reindex:
         return [object_key for object_key in object_keys if object_key not in heard]
 
     def _hear(
-        self, object_key: str, *, store: ObjectStore, landed_on: str, keys: KeyRing, cold: set[str], marked: set[str]
+        self, object_key: str, *, store: ObjectStore, landed_on: str, keys: KeyRing, cold: set[str], marks: Marks
     ) -> dict[str, Any] | str:
         try:
             if object_key in cold and store.stat(object_key).cold:
@@ -279,7 +279,7 @@ class Reindex:
                 heard = hear(reader, object_key, keys, told_sha256=partial(store.sha256, object_key))
             finally:
                 reader.close()
-            mark = read_mark(store, object_key) if object_key in marked else None
+            mark = marks.of(object_key)
         except NoStudyKey as error:
             _log.warning("reindex.without_key", extra={"object_key": object_key, "study_key_id": error.study_key_id})
             return "without_key"

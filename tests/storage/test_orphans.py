@@ -552,3 +552,26 @@ def test_a_landed_object_without_key_goes_only_when_it_was_erased(houses: Build,
     spool.put(landed, copy, record.sealed)
     assert house.archive.orphans().sweep_spool(grace=NOW).deleted == 1
     assert list(spool.list()) == []
+
+
+def test_what_an_operator_decided_stays_decided(either_house: House, houses: Build) -> None:
+    """The database knows neither the first, which was set aside with its report, nor the accepted second: all is as it was decided."""
+    house = either_house
+    first = photograph()
+    second = photograph(sop=first.sop_instance_uid, study=first.study_instance_uid, series=first.series_instance_uid)
+    house.ingest(first)
+    made = concluded(house, first)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    house.archive.quarantine().accept(house.index.quarantined()[0].id, actor="operator", reason="the retake")
+    again = restored(houses, house, store=house.store if house.store.remote else None)
+    swept = again.archive.orphans().sweep(grace=NOW, restored=True)
+    assert (swept.adopted, swept.quarantined, swept.settled) == (1, 2, 3)
+    assert again.read(first.sop_instance_uid) == second.data_set
+    aside = {kept.record.summary.sop_instance_uid: kept for kept in again.index.quarantined()}
+    assert set(aside) == {first.sop_instance_uid, made}
+    for kept in house.index.quarantined():
+        found = aside[kept.record.summary.sop_instance_uid]
+        assert (found.record.sealed, found.reason, found.quarantined_at) == (kept.record.sealed, kept.reason, kept.quarantined_at)
+    assert [job.kind for job in again.queue.jobs_of(first.sop_instance_uid)] == [JobKind.ANALYSE]
+    assert again.archive.quarantine().synchronise_marks() == 0

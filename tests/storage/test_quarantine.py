@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from datetime import timedelta
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.backup import back_up, restore
 from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError, StorageError
 from storage.quarantine import mark_name, read_mark
 from storage.records import JobKind, JobState
@@ -153,3 +155,67 @@ def test_killed_after_the_commit(houses: Build, verb: str, engine: str) -> None:
     assert len(again.objects()) == (2 if verb == "accept" else 1)
     assert len(again.index.quarantined()) == (1 if verb == "accept" else 0)
     assert len(list(again.store.list_documents("quarantine/"))) == len(again.index.quarantined())
+
+
+def test_a_foreign_database_does_not_take_marks_away(houses: Build, house: House) -> None:
+    """A database that knows nothing of the store's objects leaves their marks alone; where the object is gone the mark goes too."""
+    in_conflict(house)
+    (one,) = house.index.quarantined()
+    house.archive.quarantine().synchronise_marks()
+    foreign = houses("foreign", store=house.store)
+    assert foreign.archive.quarantine().synchronise_marks() == 0
+    assert read_mark(house.store, one.record.sealed.object_key) is not None
+    house.store.delete(one.record.sealed.object_key)
+    assert foreign.archive.quarantine().synchronise_marks() == 1
+    assert list(house.store.list_documents("quarantine/")) == []
+
+
+def test_an_older_database_follows_the_decision(houses: Build, house: House) -> None:
+    """Both rows are in the backup, the decision is not: it is taken up once, and the operator may decide otherwise after that."""
+    first, second = in_conflict(house)
+    made = concluded(house, first)
+    house.archive.quarantine().synchronise_marks()
+    back_up(house.folder.with_name("backup"), database=house.database, index=house.index, store=house.store, ring=house.ring)
+    (one,) = house.index.quarantined()
+    house.archive.quarantine().accept(one.id, actor="operator", reason="the retake")
+    aside = house.index.quarantined()
+    house.folder.with_name("older").mkdir()
+    shutil.copy(house.ring.path, house.folder.with_name("older") / "keys.json")
+    older = houses("older", store=house.store)
+    parts = {"index": older.index, "queue": older.queue, "store": older.store, "ring": older.ring}
+    restore(house.folder.with_name("backup"), database=older.database, **parts)  # type: ignore[arg-type]
+    assert older.archive.quarantine().follow_marks() == 1
+    assert older.read(first.sop_instance_uid) == second.data_set
+    assert {kept.record.summary.sop_instance_uid for kept in older.index.quarantined()} == {first.sop_instance_uid, made}
+    assert older.archive.quarantine().synchronise_marks() == 0
+    assert [kept.record.sealed for kept in older.index.quarantined()] == [kept.record.sealed for kept in aside]
+    (accepted,) = (entry for entry in older.audit.entries() if entry.event.action == "quarantine.accepted")
+    assert (accepted.event.actor, "after the backup" in accepted.event.detail["reason"]) == ("node", True)
+    (back,) = (kept for kept in older.index.quarantined() if kept.record.summary.sop_instance_uid == first.sop_instance_uid)
+    older.archive.quarantine().accept(back.id, actor="operator", reason="no, the first")
+    assert older.archive.quarantine().follow_marks() == 0
+    assert older.read(first.sop_instance_uid) == first.data_set
+
+
+def test_an_older_database_leaves_the_mark_until_the_object_is_found(houses: Build, house: House) -> None:
+    """The archived one is marked, the accepted one is too young to be adopted: the mark stays, and tells the decision when it is."""
+    first = photograph()
+    house.ingest(first)
+    back_up(house.folder.with_name("backup"), database=house.database, index=house.index, store=house.store, ring=house.ring)
+    second = photograph(sop=first.sop_instance_uid, study=first.study_instance_uid, series=first.series_instance_uid)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    house.archive.quarantine().accept(house.index.quarantined()[0].id, actor="operator", reason="the retake")
+    made = concluded(house, second)
+    house.folder.with_name("older").mkdir()
+    shutil.copy(house.ring.path, house.folder.with_name("older") / "keys.json")
+    older = houses("older", store=house.store)
+    parts = {"index": older.index, "queue": older.queue, "store": older.store, "ring": older.ring}
+    restore(house.folder.with_name("backup"), database=older.database, **parts)  # type: ignore[arg-type]
+    assert older.archive.quarantine().synchronise_marks() == 0
+    swept = older.archive.orphans().sweep(grace=timedelta(minutes=-1), restored=True)
+    assert (swept.quarantined, swept.adopted) == (1, 1)
+    assert older.read(first.sop_instance_uid) == second.data_set
+    assert older.index.reports_of(first.sop_instance_uid) == house.index.reports_of(first.sop_instance_uid) != []
+    assert older.read(made) == house.read(made)
+    assert older.archive.quarantine().synchronise_marks() == 0
