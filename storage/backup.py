@@ -11,19 +11,24 @@
 
 The database is copied first, so that every object it names is there when the objects are. What is archived after the backup is in the
 bucket, or in the objects' folder if that survived: `storage.orphans` takes it in after a restore (``restored=True``). An erased study stays
-readable in a backup as long as an older ``index-….db`` keeps its key: `keep` says how many are kept.
+readable in a backup as long as an older ``index-….db`` keeps its key: `keep` says how many are kept. With the last of them that names
+its objects these go too.
+
+What lies in a backup rots as everything does: each run reads a sixteenth of the objects that it finds there, and puts damaged ones anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +36,28 @@ from sqlalchemy import select
 
 from storage.copying import copy_database
 from storage.database import Database, utc_now
-from storage.errors import InstanceNotFound, StorageError, Unavailable
+from storage.errors import InstanceNotFound, IntegrityError, StorageError, Unavailable
+from storage.index import Index
 from storage.objects import CHUNK, DirectoryStore, disk_unavailable
-from storage.places import chunks_of
+from storage.places import chunks_of, digest_of
 from storage.records import JobKind
 from storage.tables import INSTANCES, QUARANTINE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from storage.index import ArchivedObject, Index
+    from storage.index import ArchivedObject
     from storage.keys import Ring
     from storage.objects import ObjectReader, ObjectStore
     from storage.work import WorkQueue
 
 _FORMAT = "dicom-node backup 1"
-_KINDS = ("keys/", "quarantine/")
+_MARKS = "quarantine/"
+_KINDS = ("keys/", _MARKS)
+_SHARES = 16
+"""After so many runs every object in a backup was read again: object keys are random, their first digit says in which run."""
+_PAGE = 500
+_log = logging.getLogger(__name__)
 Progress = Callable[[str, int], None]
 """Told what is being copied, and how many are done."""
 
@@ -63,6 +74,12 @@ class BackedUp:
     copied: int = 0
     """Of them, copied now; the others were there."""
     landed: int = 0
+    verified: int = 0
+    """Of those that were there: read again now."""
+    mended: list[str] = field(default_factory=list)
+    """Object keys of what was damaged in the backup, and was copied anew."""
+    removed: int = 0
+    """Objects that none of the kept databases names any more."""
     damaged: list[str] = field(default_factory=list)
     """Object keys of what is not what was archived: not copied."""
 
@@ -91,6 +108,7 @@ def back_up(
     data_dir: Path | None = None,
     with_ring: bool = False,
     keep: int = 7,
+    verify: bool = False,
     clock: Callable[[], datetime] = utc_now,
     progress: Progress = lambda _what, _done: None,
 ) -> BackedUp:
@@ -100,6 +118,10 @@ def back_up(
     ----------
     data_dir
         Where the node keeps what is its own: no backup is made there.
+    keep
+        How many copies of the database are kept.
+    verify
+        Read every object that is in the backup already, not a sixteenth of them.
 
     Raises
     ------
@@ -117,18 +139,23 @@ def back_up(
         _make(folder)
         moment = clock().astimezone(UTC)
         made = BackedUp(moment, f"index-{moment:%Y%m%dT%H%M%SZ}.db")
+        number = _runs(folder) + 1
+        share = f"{number % _SHARES:x}"
+        due: Callable[[str], bool] = (lambda _object_key: True) if verify else (lambda object_key: object_key.startswith(share))
         _copy_out(folder, made.database, database, ring, progress)
         if store.remote:
             made.objects = _list_objects(folder / f"objects-{moment:%Y%m%dT%H%M%SZ}", index, progress)
         else:
-            _copy_objects(folder / "objects", index, store, made, progress)
+            _copy_objects(folder / "objects", index, store, made, due, progress)
         if spool is not None:
-            _copy_landed(folder / "landed", index, spool, made, progress)
+            _copy_landed(folder / "landed", index, spool, made, due, progress)
         if with_ring:
             _replace(folder / "ring.json", ring.path.read_bytes())
-        told = {"format": _FORMAT, "made_at": moment.isoformat(), "database": made.database, "objects": made.objects}
+        told = {"format": _FORMAT, "made_at": moment.isoformat(), "database": made.database, "objects": made.objects, "runs": number}
         _replace(folder / "backup.json", json.dumps(told, indent=2).encode() + b"\n")
         _forget_old(folder, keep, made)
+        if not store.remote:
+            made.removed = _forget_objects(folder, index, ring)
     except OSError as error:
         raise disk_unavailable(error, folder) from error
     return made
@@ -165,6 +192,7 @@ def restore(
     objects = folder / "objects"
     if objects.is_dir() and not store.remote:
         kept = DirectoryStore(objects)
+        survived = {name for name in kept.list_documents(_MARKS) if _has(store, name.rpartition("/")[2])}
         for known in index.all_objects():
             if known.landed_on:
                 continue
@@ -172,8 +200,10 @@ def restore(
             progress("objects", found.objects)
         for kind in _KINDS:
             for name in kept.list_documents(kind):
-                store.put_document(name, kept.get_document(name))
-                found.documents += 1
+                # where the store survived, what it says is newer: a key that was wrapped anew, a mark that an operator's decision removed
+                if name not in survived and (kind == _MARKS or not _has_document(store, name)):
+                    store.put_document(name, kept.get_document(name))
+                    found.documents += 1
     _settle_landed(folder / "landed", database, store, index, queue, found)
     return found
 
@@ -218,6 +248,14 @@ def newest(folder: Path) -> dict[str, Any]:
     return told
 
 
+def _runs(folder: Path) -> int:
+    """Return how often a backup was made in `folder`; 0 where none is, or that does not say."""
+    try:
+        return int(newest(folder).get("runs", 0))
+    except (Unavailable, ValueError, TypeError):
+        return 0
+
+
 # --- out ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +289,7 @@ def _list_objects(path: Path, index: Index, progress: Progress) -> int:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     count = 0
     try:
-        with part.open("w", encoding="ascii") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w", encoding="ascii") as file:
             for known in index.all_objects():
                 file.write(f"{known.object_key} {known.byte_count} {known.sha256}\n")
                 count += 1
@@ -265,12 +303,12 @@ def _list_objects(path: Path, index: Index, progress: Progress) -> int:
     return count
 
 
-def _copy_objects(folder: Path, index: Index, store: ObjectStore, made: BackedUp, progress: Progress) -> None:
+def _copy_objects(folder: Path, index: Index, store: ObjectStore, made: BackedUp, due: Callable[[str], bool], progress: Progress) -> None:
     kept = DirectoryStore(folder)
     for known in index.all_objects():
         if not known.landed_on:
             made.objects += 1
-            made.copied += _copy_one(known, store, kept, made.damaged)
+            made.copied += _keep_one(known.object_key, known.byte_count, known.sha256, store, kept, made, verify=due(known.object_key))
             progress("objects", made.objects)
     for kind in _KINDS:
         names = set(store.list_documents(kind))
@@ -284,14 +322,15 @@ def _copy_objects(folder: Path, index: Index, store: ObjectStore, made: BackedUp
             kept.delete_document(name)  # of an erased key: it must not stay
 
 
-def _copy_landed(folder: Path, index: Index, spool: DirectoryStore, made: BackedUp, progress: Progress) -> None:
+def _copy_landed(folder: Path, index: Index, spool: DirectoryStore, made: BackedUp, due: Callable[[str], bool], progress: Progress) -> None:
     kept = DirectoryStore(folder)
     wanted = set()
     for info in spool.list():
         record = index.record_of_object(info.object_key)
         if record is not None and record.landed_on:
             wanted.add(info.object_key)
-            _copy_file(info.object_key, record.sealed.byte_count, record.sealed.sha256, spool, kept, made.damaged)
+            sealed = record.sealed
+            _keep_one(info.object_key, sealed.byte_count, sealed.sha256, spool, kept, made, verify=due(info.object_key))
             made.landed += 1
             progress("landed", made.landed)
     for info in list(kept.list()):
@@ -299,30 +338,55 @@ def _copy_landed(folder: Path, index: Index, spool: DirectoryStore, made: Backed
             kept.delete(info.object_key)  # it is in the store now
 
 
-def _copy_one(known: ArchivedObject, source: ObjectStore, target: DirectoryStore, damaged: list[str]) -> int:
-    return _copy_file(known.object_key, known.byte_count, known.sha256, source, target, damaged)
+def _keep_one(
+    object_key: str, byte_count: int, sha256: str, source: ObjectStore, kept: DirectoryStore, made: BackedUp, *, verify: bool
+) -> int:
+    """Have an object in the backup, whole if it is to be verified; return whether it was copied."""
+    there = _is_whole(kept, object_key, byte_count, sha256 if verify else "")
+    if there:
+        made.verified += verify
+        return 0
+    copied = _copy_file(object_key, byte_count, sha256, source, kept, made.damaged)
+    if there is not None and copied:
+        _log.warning("backup.mended", extra={"object_key": object_key})
+        made.mended.append(object_key)
+    return copied
+
+
+def _is_whole(kept: DirectoryStore, object_key: str, byte_count: int, sha256: str) -> bool | None:
+    """Tell whether an object in the backup has its length, and its digest if one is given; None when there is none."""
+    try:
+        if kept.stat(object_key).byte_count != byte_count:
+            return False
+        if not sha256:
+            return True
+        reader = kept.open(object_key)
+    except InstanceNotFound:
+        return None
+    except IntegrityError:
+        return False
+    try:
+        return digest_of(reader) == sha256
+    except Unavailable:
+        return False  # a bad sector: a new file lies elsewhere
+    finally:
+        reader.close()
 
 
 def _copy_file(object_key: str, byte_count: int, sha256: str, source: ObjectStore, target: DirectoryStore, damaged: list[str]) -> int:
-    """Copy an object unless it is there; return whether it was copied."""
-    try:
-        if target.stat(object_key).byte_count == byte_count:
-            return 0
-    except InstanceNotFound:
-        pass
+    """Copy an object, over what is there; return whether it was. What is not what was archived replaces nothing."""
     try:
         reader = source.open(object_key)
     except InstanceNotFound:
         damaged.append(object_key)
         return 0
     try:
-        if _write(target.path_of(object_key), reader) != (byte_count, sha256):
-            target.delete(object_key)
-            damaged.append(object_key)
-            return 0
+        written = _write(target.path_of(object_key), reader, byte_count, sha256)
     finally:
         reader.close()
-    return 1
+    if not written:
+        damaged.append(object_key)
+    return int(written)
 
 
 def _forget_old(folder: Path, keep: int, made: BackedUp) -> None:
@@ -332,16 +396,62 @@ def _forget_old(folder: Path, keep: int, made: BackedUp) -> None:
             path.unlink()
 
 
+def _forget_objects(folder: Path, index: Index, ring: Ring) -> int:
+    """Remove the objects that neither the archive nor any kept copy of its database names; return how many.
+
+    A copy that cannot be asked (of an older schema, or of another ring) may name them all: then nothing goes.
+    """
+    kept = DirectoryStore(folder / "objects")
+    databases: list[Database] = []
+    removed = 0
+    try:
+        for path in sorted(folder.glob("index-*.db")):
+            databases.append(Database(url=f"sqlite:///{path.absolute()}", key=ring.database_key()))
+        indexes = [index, *(Index(database=database) for database in databases)]
+        objects = kept.list()
+        while page := [info.object_key for info in islice(objects, _PAGE)]:
+            unnamed = set(page)
+            for one in indexes:
+                unnamed -= one.known_objects(sorted(unnamed))
+            for object_key in sorted(unnamed):
+                kept.delete(object_key)
+                removed += 1
+    except (Unavailable, IntegrityError) as error:
+        _log.warning("backup.objects_kept", extra={"reason": str(error)})
+    finally:
+        for database in databases:
+            database.close()
+    return removed
+
+
 # --- and back -------------------------------------------------------------------------------------------------------------------------
 
 
 def _put_back(known: ArchivedObject, kept: DirectoryStore, store: ObjectStore, found: Restored) -> int:
     if not isinstance(store, DirectoryStore):
         raise TypeError("objects are copied back into a directory alone")
+    if _is_whole(store, known.object_key, known.byte_count, ""):
+        return 0
     damaged: list[str] = []
-    copied = _copy_one(known, kept, store, damaged)
+    copied = _copy_file(known.object_key, known.byte_count, known.sha256, kept, store, damaged)
     found.lost += damaged
     return copied
+
+
+def _has(store: ObjectStore, object_key: str) -> bool:
+    try:
+        store.stat(object_key)
+    except InstanceNotFound:
+        return False
+    return True
+
+
+def _has_document(store: ObjectStore, name: str) -> bool:
+    try:
+        store.get_document(name)
+    except InstanceNotFound:
+        return False
+    return True
 
 
 def _settle_landed(folder: Path, database: Database, store: ObjectStore, index: Index, queue: WorkQueue, found: Restored) -> None:
@@ -383,8 +493,8 @@ def _landed(database: Database) -> Iterator[str]:
 # --- files ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, reader: ObjectReader) -> tuple[int, str]:
-    """Write an object's bytes to a new file, flush it and its folder; return their number and digest as they are read back."""
+def _write(path: Path, reader: ObjectReader, byte_count: int, sha256: str) -> bool:
+    """Write an object's bytes to a new file, flush it and its folder; False, and no file, when other bytes are read back."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "r+b") as file:
@@ -397,11 +507,13 @@ def _write(path: Path, reader: ObjectReader) -> tuple[int, str]:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 count += len(chunk)
+        if (count, digest.hexdigest()) != (byte_count, sha256):
+            return False
         part.rename(path)
         _flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
-    return count, digest.hexdigest()
+    return True
 
 
 def _replace(path: Path, content: bytes) -> None:
