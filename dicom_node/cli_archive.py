@@ -291,6 +291,7 @@ def backup(
         bool, typer.Option("--with-ring", help="Put the key ring beside it: then whoever has the folder can read everything.")
     ] = False,
     keep: Annotated[int, typer.Option(min=1, help="How many copies of the database are kept.")] = 7,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every object that is there already; else a sixteenth of them.")] = False,
     config_file: ConfigOption = None,
 ) -> None:
     """Copy the database, and the objects of a folder store, while the node runs; encrypted as they are, objects incrementally."""
@@ -309,9 +310,17 @@ def backup(
                 data_dir=settings.node.data_dir,
                 with_ring=with_ring,
                 keep=keep,
+                verify=verify,
                 progress=lambda _what, done: progress(done, None),
             )
-        detail = {"folder": str(folder), "objects": made.objects, "with_ring": with_ring}
+        detail = {
+            "folder": str(folder),
+            "objects": made.objects,
+            "with_ring": with_ring,
+            "verified": made.verified,
+            "mended": len(made.mended),
+            "removed": made.removed,
+        }
         parts.audit.record(AuditEvent(action="archive.backed_up", outcome="success", actor=OPERATOR, detail=detail))
         objects = (
             f"{made.objects} objects stay in the bucket" if parts.store.remote else f"{made.objects} objects ({made.copied} copied now)"
@@ -319,6 +328,10 @@ def backup(
         typer.echo(f"{folder}: {made.database}, {objects}, {made.landed} landed")
         if not with_ring:
             typer.echo(f"The key ring is not in it: keep a copy of {parts.ring.path} elsewhere.")
+        if made.verified or made.removed:
+            typer.echo(f"{made.verified} objects that were there read again; {made.removed} removed that no kept database names")
+        for object_key in made.mended:
+            err.print(f"object {object_key} was damaged in the backup; it was copied anew: look after that disk", style="bold red")
         for object_key in made.damaged:
             err.print(f"object {object_key} is not what was archived; it was not copied", style="bold red")
         if made.damaged:
@@ -330,7 +343,7 @@ def restore(
     config_file: ConfigOption = None,
 ) -> None:
     """Bring the newest backup into an empty data folder or database, take in what the store got since, and verify all of it."""
-    from dicom_node import node
+    from dicom_node import node, tracing
     from storage.backup import newest, restore_ring
     from storage.backup import restore as bring_back
 
@@ -356,6 +369,12 @@ def restore(
             swept = parts.archive.orphans().sweep(grace=timedelta(), restored=True)
             typer.echo(f"taken in since the backup: {swept}")
             typer.echo("What was erased since the backup is here again: erase it again.")
+            kept = parts.archive.quarantine().all()
+            for one in kept:
+                for line in tracing.quarantined(one):
+                    typer.echo(line)
+            if kept:
+                typer.echo(f"{len(kept)} in quarantine, as the marks in the store say, or for what was archived first")
             with progress_bar("verifying") as progress:
                 report = parts.archive.verify(progress=progress)
             for line in report.lines():

@@ -49,7 +49,8 @@ def quarantined(one: QuarantinedInstance) -> Iterator[str]:
     yield f"number {one.id}: instance {summary.sop_instance_uid}"
     yield f"  study     {summary.study_instance_uid}"
     sender = origin.calling_ae_title or origin.address
-    yield f"  since     {one.quarantined_at:%Y-%m-%d %H:%M:%S} UTC, by {DOORS.get(origin.door, origin.door)} from {sender}"
+    how = f"by {DOORS.get(origin.door, origin.door)} from {sender}" if sender else DOORS["node"]
+    yield f"  since     {one.quarantined_at:%Y-%m-%d %H:%M:%S} UTC, {how}"
     yield f"  object    {one.record.sealed.object_key}, digest {summary.sha256}"
     yield f"  reason    {one.reason}"
 
