@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import os
 import secrets
@@ -25,6 +24,7 @@ from dicom_node.config import Settings
 from dicom_node.config_faults import entry
 from dicom_node.console import command_line
 from dicom_node.errors import StartError
+from dicom_node.folder_lock import FolderLock
 from dicom_node.health import served
 from dicom_node.observability import Metrics, configure_logging, forget_process, lines_dropped_of_parent, prepare_metrics, say
 from dicom_node.peers import Peers
@@ -40,11 +40,20 @@ from dicom_node.storehouse import (
     storage,
     wrapping_key,
 )
-from dicom_node.supervisor import DEGRADED, READY, Supervisor, end_in_time, give_signs_of_life, stop_on_signals, stop_with_parent
+from dicom_node.supervisor import (
+    DEGRADED,
+    READY,
+    Supervisor,
+    end_at_once,
+    end_in_time,
+    give_signs_of_life,
+    stop_on_signals,
+    stop_with_parent,
+)
 from storage.errors import StorageError
 from storage.failpoints import failpoint_from_environment
 from storage.keys import Ring
-from storage.nodes import SEEN_EVERY_S
+from storage.nodes import CLOCK_OFF, SEEN_EVERY_S, Replaced, clock_words
 from storage.records import AuditEvent
 
 if TYPE_CHECKING:
@@ -56,6 +65,8 @@ log = structlog.get_logger()
 
 ROLES = ("dimse", "web", "worker", "courier", "mover")
 PRESENCE_S = 2.0
+CLOCK_TOLD_EVERY_S = 3600.0
+"""How often a clock that is off is told in the log."""
 STOP_GRACE_S = 10.0
 """Beyond node.drain_s: what does not end in this time waits for something that does not answer, and is left behind."""
 PORT_WAIT_S = 15.0
@@ -116,7 +127,7 @@ def alone(settings: Settings) -> Iterator[Storehouse]:
     storage.errors.StorageError
         Keys, database or store cannot be used.
     """
-    lock = _own(settings)
+    lock = _locked_folder(settings)
     try:
         _prepare(settings)
         with storage(settings) as parts:
@@ -124,29 +135,39 @@ def alone(settings: Settings) -> Iterator[Storehouse]:
                 raise StartError(*(f"node {one.node_id} on {one.host} uses the database; stop it first" for one in living))
             yield parts
     finally:
-        os.close(lock)
+        lock.close()
 
 
 @contextmanager
-def _present(settings: Settings, parts: Storehouse, lock: int, role: str = "node") -> Iterator[None]:
+def _present(settings: Settings, parts: Storehouse, lock: FolderLock, replaced: Callable[[], object], role: str = "node") -> Iterator[None]:
     """Be in the register of nodes, and say from time to time that this one lives; `lock` is that of its data folder.
 
-    Start and stop are in the audit trail, of each role that is started by itself; who was killed says nothing at its end.
+    Start and stop are in the audit trail, of each role that is started by itself; who was killed says nothing at its end. `replaced` is
+    called when another incarnation of the node turns up, and has to see that nothing more is taken in.
     """
     if fault := foreign_ring(settings, parts.study_keys, parts.ring):
         raise StartError(fault)
     told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}
-    parts.nodes.enter(node_id=parts.node_id, **told)
+    parts.nodes.enter(node_id=parts.node_id, incarnation=lock.incarnation, **told)
     process = {"node": parts.node_id, "role": role, "version": told["version"], "process": os.getpid()}
     parts.audit.record(AuditEvent("application.started", "success", "node", detail=process))
     gone = threading.Event()
 
     def say() -> None:
+        clock_told_at = -CLOCK_TOLD_EVERY_S
         while not gone.wait(SEEN_EVERY_S):
             try:
-                parts.nodes.seen(node_id=parts.node_id, **told)
+                ahead = parts.nodes.seen(node_id=parts.node_id, incarnation=lock.incarnation, **told)
+            except Replaced as error:
+                log.critical("node.replaced", reason=str(error))
+                replaced()
+                return
             except StorageError as error:
                 log.warning("node.unseen", reason=str(error))
+                continue
+            if abs(ahead) > CLOCK_OFF and time.monotonic() - clock_told_at >= CLOCK_TOLD_EVERY_S:
+                clock_told_at = time.monotonic()
+                log.warning("node.clock_off", ahead_s=round(ahead.total_seconds(), 1), reason=clock_words(ahead))
 
     thread = threading.Thread(target=say, name="presence", daemon=True)
     thread.start()
@@ -158,9 +179,9 @@ def _present(settings: Settings, parts: Storehouse, lock: int, role: str = "node
         if not thread.is_alive():
             with suppress(StorageError):
                 parts.audit.record(AuditEvent("application.stopped", "success", "node", detail=process))
-        if not thread.is_alive() and _last(lock):  # while another role of it runs, the node lives, and a copy of its folder must be refused
+        if not thread.is_alive() and lock.last():  # while another role of it runs, the node lives, and a copy of its folder must be refused
             with suppress(StorageError):  # the others notice within a minute
-                parts.nodes.leave(parts.node_id)
+                parts.nodes.leave(parts.node_id, lock.incarnation)
 
 
 # --- the whole node --------------------------------------------------------------------------------------------------
@@ -177,64 +198,39 @@ def serve(settings: Settings, config_file: Path | None) -> None:
     stop = stop_on_signals()
     end_in_time(stop, settings.node.drain_s + STOP_GRACE_S)
     data_dir = settings.node.data_dir
-    lock = _own(settings)
+    lock = _locked_folder(settings)
     pipe = configure_logging(form=settings.logging.format, level=settings.logging.level, role="node")
     try:
         prepare_metrics(data_dir / "run" / "metrics")  # behind the lock: the counters of a node that runs are not ours to empty
         pipe.counted_by(lines_dropped_of_parent())
         _prepare(settings)
         _await_ports(settings, stop)
-        with storage(settings) as parts, _present(settings, parts, lock):
+        cut = threading.Event()
+
+        def replaced() -> None:
+            cut.set()
+            stop.set()
+
+        with storage(settings) as parts, _present(settings, parts, lock, replaced):
             removed = parts.archive.sweep()
             log.info("node.starting", version=version("dicom-node"), data_dir=str(data_dir.resolve()), swept=removed)
-            _supervise(settings, config_file, parts, stop)
+            _supervise(settings, config_file, parts, stop, cut)
+        if cut.is_set():
+            raise StartError("another incarnation of this node was started meanwhile; the log says where (node.replaced)")
     except StorageError as error:
         raise StartError(str(error)) from error
     finally:
-        os.close(lock)
+        lock.close()
 
 
-def _own(settings: Settings) -> int:
-    """Lock the data folder for this node alone."""
-    return _lockedfolder(settings, fcntl.LOCK_EX)
-
-
-def _share(settings: Settings) -> int:
-    """Lock the data folder for the roles of one node that run each by itself."""
-    return _lockedfolder(settings, fcntl.LOCK_SH)
-
-
-def _lockedfolder(settings: Settings, kind: int) -> int:
+def _locked_folder(settings: Settings, *, shared: bool = False) -> FolderLock:
+    """Lock the data folder for this node alone, or for the roles of one node that run each by itself."""
     data_dir = settings.node.data_dir
     try:
         folder(data_dir)
-        return _lock(folder(data_dir / "run") / "node.lock", kind)
+        return FolderLock(folder(data_dir / "run"), shared=shared)
     except OSError as error:
         raise StartError(f"node.data_dir: {data_dir} cannot be used ({error.strerror}); name a folder this user may write") from error
-
-
-def _lock(path: Path, kind: int) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
-        os.close(descriptor)
-        raise StartError(
-            f"another node (process {holder or 'unknown'}) uses {path.parent.parent}; stop it, or name another node.data_dir"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-    return descriptor
-
-
-def _last(descriptor: int) -> bool:
-    """Whether no other process holds this lock; for one that ends, since it may lose its own by asking."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _roles(settings: Settings) -> list[str]:
@@ -275,10 +271,10 @@ def _taken(settings: Settings) -> list[str]:
     return faults
 
 
-def _supervise(settings: Settings, config_file: Path | None, parts: Storehouse, stop: threading.Event) -> None:
+def _supervise(settings: Settings, config_file: Path | None, parts: Storehouse, stop: threading.Event, cut: threading.Event) -> None:
     supervisor = Supervisor(roles=_roles(settings), config=config_file, on_exit=forget_process, silence_s=settings.node.silence_s)
     with served(settings, parts, supervisor.states):
-        supervisor.run(stop, drain_s=settings.node.drain_s, on_ready=lambda: _say_ready(settings, config_file))
+        supervisor.run(stop, drain_s=settings.node.drain_s, on_ready=lambda: _say_ready(settings, config_file), cut=cut)
     log.info("node.stopped")
 
 
@@ -323,15 +319,15 @@ def serve_role(settings: Settings, role: str, *, lifeline: int, status: int) -> 
 
     run: Callable[..., None] = {"dimse": _dimse, "web": _web, "worker": _worker, "courier": _courier, "mover": _mover}[role]
     with ExitStack() as stack:
-        lock = _share(settings) if alone else -1
-        if alone:
-            stack.callback(os.close, lock)
+        lock = _locked_folder(settings, shared=True) if alone else None
+        if lock is not None:
+            stack.callback(lock.close)
         try:
             if alone:
                 _prepare(settings)
             parts = stack.enter_context(storage(settings))
-            if alone:
-                stack.enter_context(_present(settings, parts, lock, role))
+            if lock is not None:
+                stack.enter_context(_present(settings, parts, lock, end_at_once, role))
                 parts.archive.sweep()
 
             metrics, state = Metrics(), {role: "starting"}

@@ -261,7 +261,7 @@ def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse
         store=store,
         spool=spool,
         cache=cache,
-        nodes=Nodes(database=database),
+        nodes=Nodes(database=database, shared=bool(settings.database.url)),
         holds=Holds(database=database, audit=audit),
         peers=peers,
         outbox=outbox,

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 
@@ -91,8 +92,8 @@ class Supervisor:
         """Every child runs and has said so."""
         return SERVING.issuperset(self.states().values())
 
-    def run(self, stop: threading.Event, *, drain_s: float, on_ready: Callable[[], None]) -> None:
-        """Keep the children running until ``stop``; then end them within ``drain_s`` seconds."""
+    def run(self, stop: threading.Event, *, drain_s: float, on_ready: Callable[[], None], cut: threading.Event | None = None) -> None:
+        """Keep the children running until ``stop``; then end them within ``drain_s`` seconds, or at once if ``cut`` is set, too."""
         announced = False
         try:
             while not stop.is_set():
@@ -104,7 +105,7 @@ class Supervisor:
                     on_ready()
                 self._listen(timeout_s=0.1)
         finally:
-            self._end(drain_s)
+            self._end(drain_s, cut=cut is not None and cut.is_set())
 
     def _tend(self, child: Child, now: float) -> None:
         if child.process is not None:
@@ -176,11 +177,11 @@ class Supervisor:
                 os.close(descriptor)
         child.process, child.lifeline, child.status, child.said = None, -1, -1, b""
 
-    def _end(self, drain_s: float) -> None:
+    def _end(self, drain_s: float, *, cut: bool) -> None:
         running = [child for child in self._children if child.process is not None]
         for child in running:
             if child.process is not None and child.process.poll() is None:
-                child.process.terminate()
+                child.process.kill() if cut else child.process.terminate()
         deadline = time.monotonic() + drain_s + 5.0  # the child drains by itself; the rest is for its own closing
         for child in running:
             process = child.process
@@ -266,6 +267,12 @@ def end_in_time(stop: threading.Event, limit_s: float) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end in time", daemon=True).start()
+
+
+def end_at_once() -> NoReturn:
+    """End this process now, once its last words are out: what is under way is not acknowledged."""
+    sys.stderr.flush()  # the log is written by another thread, which ends here too
+    os._exit(1)
 
 
 def _unfinished() -> Iterator[str]:

@@ -1,8 +1,10 @@
 """The nodes that share one database: who they are, and when each was seen last.
 
 A node is a data folder: its identity is made once and kept there. A copied folder would be a second node of the same identity, and
-two nodes would believe that the same landed objects lie on their disk; the register refuses the second. Whether the first still lives is
-not asked of clocks, of which one may be wrong: it is watched for a while whether it goes on saying so.
+two nodes would believe that the same landed objects lie on their disk; the register refuses the second. Neither host name nor path tell
+the two apart, a cloned machine has both: an `Incarnation` does, which is made anew whenever nobody held the folder's lock. Where it is not
+proven that the last one ended, it is watched for a while whether it goes on saying that it lives; clocks, of which one may be wrong, are
+not asked.
 
 A node that never comes back is declared lost (`storage.loss`). If it comes back all the same, what waited for it goes on.
 """
@@ -40,12 +42,15 @@ NODES = Table(
     Column("version", Text, nullable=False),
     Column("started_at", BigInteger, nullable=False),
     Column("seen_at", BigInteger, nullable=False),
+    Column("incarnation", Text),
+    Column("clock_ahead", BigInteger),
 )
 _STOPPED: Final = 0
 """In the place of the time when a node was seen last: it stopped in order."""
 _LOST: Final = -1
 """The same: it was declared lost."""
 _FIND = select(NODES).where(NODES.c.node_id == bindparam("node")).with_for_update()
+_SERVER_TIME = select(func.clock_timestamp())
 _BRINGING = JOBS.c.kind == JobKind.ARCHIVE.value
 _LYING = select(JOBS.c.home, func.count()).where(_BRINGING, JOBS.c.home != "", JOBS.c.due_at.is_not(None)).group_by(JOBS.c.home)
 # of those that ended so, what was sent again since lies elsewhere
@@ -56,14 +61,34 @@ _GONE = (
     .group_by(JOBS.c.home)
 )
 
-SEEN_EVERY_S = 15.0
+SEEN_EVERY_S = 5.0
 """How often a node says that it lives."""
-_WATCH_S: Final = 45.0
+_WATCH_S: Final = 30.0
 """A node that says nothing for so long is not there."""
 _LOOK_EVERY_S: Final = 5.0
 _MINUTE: Final = timedelta(minutes=1)
 QUIET: Final = timedelta(minutes=5)
 """A node that was seen so lately is not declared lost: it may be starting again."""
+
+
+CLOCK_OFF: Final = timedelta(seconds=3)
+"""A clock that is further than this from the database server's makes leases and duties end too early or too late."""
+
+
+class Replaced(StorageError):
+    """Another incarnation of this node was registered: who finds that must take nothing in any more, and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """The processes that hold the lock of one data folder together, from the first that took it to the last that lets it go."""
+
+    id: str
+    """Random."""
+    ended: frozenset[str] = frozenset()
+    """Those that held the very same lock on this machine since it was booted: they have ended, since it was free."""
+    earlier: frozenset[str] = frozenset()
+    """All that this folder knows to have been before; of a copied one, what the other folder's were up to then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +103,8 @@ class Node:
     seen_at: datetime
     """When it said last that it lives; meaningless unless `state` is seen."""
     state: Literal["seen", "stopped", "lost"] = "seen"
+    clock_ahead: timedelta = timedelta()
+    """How far its clock was ahead of the database server's when it was seen last; zero where they are the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +124,20 @@ class Nodes:
     ----------
     database
         Where it is kept; its clock says when a node was seen.
+    shared
+        Other nodes may be in it. One that lies in the data folder is the node's own: who holds the folder's lock is the node.
     wait
         Waits so many seconds.
     """
 
-    def __init__(self, *, database: Database, wait: Callable[[float], object] = time.sleep) -> None:
+    def __init__(self, *, database: Database, shared: bool = True, wait: Callable[[float], object] = time.sleep) -> None:
         self._database = database
+        self._shared = shared
         self._audit = AuditTrail(database=database)
         self._wait = wait
 
-    def enter(self, *, node_id: str, host: str, data_dir: str, version: str) -> None:
-        """Register a node that starts. One that was elsewhere, and did not stop in order, is watched for 45 seconds before.
+    def enter(self, *, node_id: str, incarnation: Incarnation, host: str, data_dir: str, version: str) -> None:
+        """Register a node that starts, or one more process of it. Another incarnation that may live yet is watched for 30 seconds before.
 
         Raises
         ------
@@ -116,27 +146,40 @@ class Nodes:
             sweep beside it would take reports that are not linked yet for work undone.
         """
         values = {"host": host, "data_dir": data_dir, "version": version}
-        elsewhere = self._database.write(partial(self._enter_in, node_id=node_id, values=values, silent_since=None))
+        enter = partial(self._enter_in, node_id=node_id, incarnation=incarnation, values=values)
+        elsewhere = self._database.write(partial(enter, silent_since=None))
         if elsewhere is None:
             return
-        if not self._lives(elsewhere):
-            elsewhere = self._database.write(partial(self._enter_in, node_id=node_id, values=values, silent_since=elsewhere))
+        silent_since = None if self._lives(elsewhere) else elsewhere
+        # it may also have been another process of this incarnation that entered meanwhile
+        elsewhere = self._database.write(partial(enter, silent_since=silent_since))
         if elsewhere is not None:
             raise Unavailable(
                 f"node {node_id} lives on {elsewhere.host} in {elsewhere.data_dir}: this data folder is a copy of that one, or the same "
-                "folder mounted twice; stop one of them, or give this node an empty folder"
+                "folder mounted on two machines; stop one of them, or give this node an empty folder (with a copy of the ring), or, if "
+                "nothing lies in `landed` of this one, remove its file `node_id`: it becomes another node then"
             )
 
-    def _enter_in(self, connection: Connection, *, node_id: str, values: dict[str, Any], silent_since: Row[Any] | None) -> Row[Any] | None:
+    def _enter_in(
+        self, connection: Connection, *, node_id: str, incarnation: Incarnation, values: dict[str, Any], silent_since: Row[Any] | None
+    ) -> Row[Any] | None:
         """Register it, unless the one that the row tells of may live elsewhere: that row is returned."""
         if inspect(connection).has_table(HEARD.name):
             raise Unavailable("the database is being filled by `dicom-node reindex`: let it end, or run it again if it was killed")
         row = connection.execute(_FIND, {"node": node_id}).first()
-        here = row is None or row.seen_at in (_STOPPED, _LOST) or (row.host, row.data_dir) == (values["host"], values["data_dir"])
-        if not here and row != silent_since:
+        if row is not None and self._may_live(row, incarnation, values) and row != silent_since:
             return row
-        self._present_in(connection, node_id, row, {**values, "started_at": to_micros(self._database.clock())})
+        values = {**values, "incarnation": incarnation.id, "started_at": to_micros(self._database.clock())}
+        self._present_in(connection, node_id, row, values)
         return None
+
+    def _may_live(self, row: Row[Any], incarnation: Incarnation, values: dict[str, Any]) -> bool:
+        """Whether another incarnation than this may live, for all that the row says."""
+        if not self._shared or row.seen_at in (_STOPPED, _LOST):
+            return False
+        if row.incarnation is None:  # a version that had none yet was killed
+            return (row.host, row.data_dir) != (values["host"], values["data_dir"])
+        return row.incarnation != incarnation.id and row.incarnation not in incarnation.ended
 
     def _lives(self, row: Row[Any]) -> bool:
         """Watch whether a node goes on saying that it lives."""
@@ -154,15 +197,36 @@ class Nodes:
             rows = connection.execute(select(NODES).where(NODES.c.seen_at > to_micros(now - _MINUTE)).order_by(NODES.c.node_id)).all()
         return [_node(row) for row in rows if from_micros(row.seen_at) <= now + _MINUTE or self._lives(row)]
 
-    def seen(self, *, node_id: str, host: str, data_dir: str, version: str) -> None:
-        """Note that the node lives; in a database that was restored meanwhile it is registered again."""
+    def seen(self, *, node_id: str, incarnation: Incarnation, host: str, data_dir: str, version: str) -> timedelta:
+        """Note that the node lives; in a database that was restored meanwhile it is registered again.
 
-        def work(connection: Connection) -> None:
+        Returns
+        -------
+        timedelta
+            How far this machine's clock is ahead of the database server's.
+
+        Raises
+        ------
+        Replaced
+            Another incarnation of this node was registered since.
+        """
+
+        def work(connection: Connection) -> timedelta:
             row = connection.execute(_FIND, {"node": node_id}).first()
             values = {"host": host, "data_dir": data_dir, "version": version, "started_at": to_micros(self._database.clock())}
-            self._present_in(connection, node_id, row, values if row is None else {})
+            # an earlier one of ours is there when the database was put back to before we came
+            if self._shared and row is not None and row.incarnation not in (None, incarnation.id, *incarnation.earlier):
+                raise Replaced(
+                    f"node {node_id} was started on {row.host} in {row.data_dir} while this process could not say that it lives: one of "
+                    "the two data folders is a copy of the other; this process takes nothing more and ends. Keep that one of them whose "
+                    "folder `landed` is to be used, and give the other an empty data folder"
+                )
+            ahead = clock_ahead(connection, self._database.clock)
+            told = {"incarnation": incarnation.id, "clock_ahead": ahead}
+            self._present_in(connection, node_id, row, told if row is not None else values | told)
+            return timedelta(microseconds=ahead)
 
-        self._database.write(work)
+        return self._database.write(work)
 
     def _present_in(self, connection: Connection, node_id: str, row: Row[Any] | None, values: dict[str, Any]) -> None:
         """Note that the node is here now; if it had been declared lost, what waited for it goes on."""
@@ -177,9 +241,10 @@ class Nodes:
             event = AuditEvent(action="node.returned", outcome="success", actor="node", detail={"node": node_id, "jobs": jobs})
             self._audit.append(connection, event)
 
-    def leave(self, node_id: str) -> None:
-        """Note that the node stopped in order: another may take its folder at once."""
-        stopped = update(NODES).where(NODES.c.node_id == node_id, NODES.c.seen_at != _LOST).values(seen_at=_STOPPED)
+    def leave(self, node_id: str, incarnation: Incarnation) -> None:
+        """Note that the node stopped in order: another may take its folder at once. Nothing changes where another incarnation is there."""
+        ours = (NODES.c.node_id == node_id, NODES.c.incarnation == incarnation.id)
+        stopped = update(NODES).where(*ours, NODES.c.seen_at != _LOST).values(seen_at=_STOPPED)
         self._database.write(lambda connection: connection.execute(stopped))
 
     def give_up(self, node_id: str, *, actor: str) -> None:
@@ -244,6 +309,27 @@ def lost_with(database: Database, node_id: str, sop_instance_uid: str) -> bool:
         return was_lost_in(connection, sop_instance_uid, home=node_id)
 
 
+def clock_ahead(connection: Connection, clock: Callable[[], datetime]) -> int:
+    """Return by how many microseconds `clock` is ahead of the database server's; 0 where it has none of its own, or none can tell."""
+    if connection.dialect.name != "postgresql":
+        return 0
+    before = clock()
+    server = connection.execute(_SERVER_TIME).scalar_one()
+    after = clock()
+    # it was read somewhere in between
+    return 0 if before <= server <= after else to_micros(before if server < before else after) - to_micros(server)
+
+
+def clock_words(ahead: timedelta) -> str:
+    """Return a sentence about a clock that is so far from the database server's."""
+    seconds = ahead.total_seconds()
+    return (
+        f"this machine's clock is {abs(seconds):.1f} s {'ahead of' if seconds > 0 else 'behind'} the database server's: leases of jobs and "
+        "duties end too early or too late by that; let NTP set both"
+    )
+
+
 def _node(row: Row[Any]) -> Node:
     state: Literal["seen", "stopped", "lost"] = "lost" if row.seen_at == _LOST else "stopped" if row.seen_at == _STOPPED else "seen"
-    return Node(row.node_id, row.host, row.data_dir, row.version, from_micros(row.started_at), from_micros(row.seen_at), state)
+    ahead = timedelta(microseconds=row.clock_ahead or 0)
+    return Node(row.node_id, row.host, row.data_dir, row.version, from_micros(row.started_at), from_micros(row.seen_at), state, ahead)

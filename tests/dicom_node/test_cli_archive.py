@@ -13,6 +13,7 @@ from dicom_node import config, storehouse
 from dicom_node.cli import app
 from storage.duties import Duties
 from storage.keys import Ring
+from storage.nodes import Incarnation
 
 LOST = "00000000000000aa"
 Type = Callable[..., Result]
@@ -41,8 +42,9 @@ def opened() -> Iterator[storehouse.Storehouse]:
 def test_a_node_is_declared_lost(typed: Type) -> None:
     """The list shows it with what lies there; it is asked before; a wrong number is refused; afterwards the list says lost."""
     with opened() as parts:
-        parts.nodes.enter(node_id=LOST, host="one", data_dir="/data", version="1")
-        parts.nodes.leave(LOST)
+        first = Incarnation("first")
+        parts.nodes.enter(node_id=LOST, incarnation=first, host="one", data_dir="/data", version="1")
+        parts.nodes.leave(LOST, first)
     assert "stopped" in typed("nodes").stdout
     assert typed("nodes", "lost", "0" * 16, "--yes").exit_code == 1
     assert typed("nodes", "lost", LOST, input="n\n").exit_code == 1

@@ -12,7 +12,7 @@ import pytest
 from dicomweb.errors import from_storage
 from storage.errors import ConflictingInstance, InstanceNotFound, LostObject, StorageError, Unavailable
 from storage.loss import Loss, Losses
-from storage.nodes import Nodes
+from storage.nodes import Incarnation, Nodes
 from storage.records import Job, JobKind, JobState, NewReport, Outcome
 from tests.faults.lying_s3 import LyingS3, error
 from tests.storage.conftest import Build
@@ -21,8 +21,9 @@ from tests.storage.samples import Sample, photograph, report
 from tests.storage.test_erasure import concluded
 from tests.storage.test_mover import mover_of, store_of
 
+FIRST = Incarnation("first")
 DEAD, ALIVE = "00000000000000aa", "00000000000000bb"
-TOLD = {"node_id": DEAD, "host": "one", "data_dir": "/data", "version": "1"}
+TOLD = {"node_id": DEAD, "incarnation": FIRST, "host": "one", "data_dir": "/data", "version": "1"}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def dead(houses: Build, lying: LyingS3) -> House:
     """The node that will be lost; registered, stopped."""
     house = houses(store=store_of(lying), node_id=DEAD)
     nodes_of(house).enter(**TOLD)
-    nodes_of(house).leave(DEAD)
+    nodes_of(house).leave(DEAD, FIRST)
     return house
 
 

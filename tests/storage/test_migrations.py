@@ -102,7 +102,8 @@ def test_texts_of_an_older_archive_are_found(database: Database) -> None:
     with database.read() as connection:
         filed = connection.exec_driver_sql(texts).all()
     with database._backend.migration() as connection:
-        for undone in ("DROP TABLE trigrams", "DROP TABLE texts", "DROP INDEX ix_studies_study_description"):
+        later = [f"ALTER TABLE nodes DROP COLUMN {column}" for column in ("incarnation", "clock_ahead")]
+        for undone in (*later, "DROP TABLE trigrams", "DROP TABLE texts", "DROP INDEX ix_studies_study_description"):
             connection.exec_driver_sql(undone)
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0003'")
     database.migrate()

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from storage.database import Database
 from storage.errors import StorageError, Unavailable
-from storage.nodes import NODES, Nodes
+from storage.nodes import NODES, Incarnation, Nodes, Replaced
 
 NODE = "00000000000000aa"
-HERE = {"node_id": NODE, "host": "one", "data_dir": "/data", "version": "1"}
-THERE = HERE | {"host": "two"}
+FIRST, SECOND = Incarnation("first"), Incarnation("second", earlier=frozenset({"first"}))
+HERE = {"node_id": NODE, "incarnation": FIRST, "host": "one", "data_dir": "/data", "version": "1"}
+THERE = HERE | {"incarnation": SECOND, "host": "two"}
+CLONED = HERE | {"incarnation": SECOND}
+AGAIN = HERE | {"incarnation": Incarnation("second", earlier=frozenset({"first"}), ended=frozenset({"first"}))}
 
 
 class Watched:
@@ -44,10 +47,73 @@ def test_a_copied_folder_is_refused_while_the_other_lives(database: Database) ->
     assert watched.waited_s <= 60
     with pytest.raises(Unavailable, match="lives on two"):
         Nodes(database=database, wait=lambda _: nodes.seen(**THERE)).enter(**HERE)
-    nodes.leave(NODE)
+    nodes.leave(NODE, SECOND)
     watched.waited_s = 0
     nodes.enter(**HERE)
     assert watched.waited_s == 0
+
+
+def test_a_clone_is_told_from_the_node_by_its_incarnation_alone(database: Database) -> None:
+    """Host and path are equal, as on a cloned machine: the clone is refused while the node lives, and watched before it is let in."""
+    nodes = Nodes(database=database)
+    nodes.enter(**HERE)
+    watched = Watched(lambda: nodes.seen(**HERE))
+    with pytest.raises(Unavailable, match="is a copy of that one"):
+        Nodes(database=database, wait=watched).enter(**CLONED)
+    assert watched.waited_s
+    # one process more of the node, whatever its container is called, and the node that was killed in this folder, are let in at once
+    at_once = Nodes(database=database, wait=lambda _: pytest.fail("it is watched"))
+    at_once.enter(**HERE | {"host": "two"})
+    at_once.enter(**AGAIN | {"host": "three"})
+
+
+def test_roles_that_start_at_once_wait_for_the_same(database: Database) -> None:
+    """Two processes of one incarnation watch the one before; the first to enter is no reason to refuse the second."""
+    nodes = Nodes(database=database)
+    nodes.enter(**HERE)
+    entering = Nodes(database=database, wait=lambda _: None)
+    Nodes(database=database, wait=lambda _: entering.enter(**CLONED)).enter(**CLONED | {"host": "two"})
+    assert [node.host for node in nodes.all()] == ["two"]
+
+
+def test_who_was_replaced_is_told_and_changes_nothing(database: Database) -> None:
+    """A clone came in while the node was silent: the node hears of it at its next sign of life, and does not sign off the clone."""
+    nodes = Nodes(database=database, wait=lambda _: None)
+    nodes.enter(**HERE)
+    nodes.enter(**CLONED)
+    with pytest.raises(Replaced, match="copy of the other"):
+        nodes.seen(**HERE)
+    nodes.leave(NODE, FIRST)
+    assert [node.state for node in nodes.all()] == ["seen"]
+    nodes.seen(**CLONED)
+
+
+def test_a_database_put_back_to_an_earlier_incarnation_ends_nobody(database: Database) -> None:
+    """What is in the row was this node before: its next sign of life takes its place."""
+    nodes = Nodes(database=database, wait=lambda _: None)
+    nodes.enter(**HERE)
+    nodes.seen(**CLONED)
+    with pytest.raises(Replaced):
+        nodes.seen(**HERE)
+
+
+def test_a_database_of_its_own_is_never_watched(database: Database) -> None:
+    """It lies in the data folder: whoever holds the folder's lock is the node."""
+    nodes = Nodes(database=database, shared=False, wait=lambda _: pytest.fail("it is watched"))
+    nodes.enter(**HERE)
+    nodes.enter(**THERE)
+    nodes.seen(**HERE)
+
+
+def test_what_an_older_version_registered_goes_by_host_and_path(database: Database) -> None:
+    """It was killed and the program changed: it is let in at once in its place, and watched elsewhere."""
+    nodes = Nodes(database=database)
+    nodes.enter(**HERE)
+    database.write(lambda connection: connection.execute(update(NODES).values(incarnation=None)))
+    with pytest.raises(Unavailable):
+        Nodes(database=database, wait=lambda _: nodes.seen(**HERE)).enter(**THERE)
+    database.write(lambda connection: connection.execute(update(NODES).values(incarnation=None)))
+    nodes.enter(**CLONED)
 
 
 @pytest.mark.parametrize("off", [timedelta(days=3650), timedelta(days=-3650)], ids=["ahead", "behind"])
@@ -91,11 +157,11 @@ def test_a_node_is_given_up_only_when_it_is_silent(database: Database) -> None:
     for _ in range(2):
         nodes.give_up(NODE, actor="operator")
     assert [node.state for node in nodes.all()] == ["lost"]
-    nodes.leave(NODE)
+    nodes.leave(NODE, FIRST)
     assert [node.state for node in nodes.all()] == ["lost"]
     nodes.seen(**HERE)
     assert [node.state for node in nodes.all()] == ["seen"]
-    nodes.leave(NODE)
+    nodes.leave(NODE, FIRST)
     assert [node.state for node in nodes.all()] == ["stopped"]
     nodes.give_up(NODE, actor="operator")
     nodes.enter(**THERE)

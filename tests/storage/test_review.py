@@ -15,7 +15,7 @@ import pytest
 from storage.backup import BackedUp, newest
 from storage.cache import ReadCache
 from storage.errors import ConflictingInstance, IntegrityError, Unavailable
-from storage.nodes import Nodes
+from storage.nodes import Incarnation, Nodes
 from storage.objects import DirectoryStore, FileReader
 from storage.records import Job, JobKind, JobState, Outcome
 from storage.reindex import HEARD
@@ -244,11 +244,12 @@ def job_now(house: House) -> Job:
 def test_no_node_starts_beside_a_reindex(house: House) -> None:
     """Its sweep would delete reports that are not linked yet. When the reindex is over, it starts."""
     nodes, where = Nodes(database=house.database), {"host": "one", "data_dir": "/srv/one", "version": "1"}
+    first = Incarnation("first")
     house.database.write(HEARD.create)
     with pytest.raises(Unavailable, match="reindex"):
-        nodes.enter(node_id=HERE, **where)
+        nodes.enter(node_id=HERE, incarnation=first, **where)
     house.database.write(HEARD.drop)
-    nodes.enter(node_id=HERE, **where)
+    nodes.enter(node_id=HERE, incarnation=first, **where)
 
 
 def test_what_is_taken_back_from_a_spool_is_brought(houses: Build, lying: LyingS3) -> None:

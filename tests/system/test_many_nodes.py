@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -131,3 +134,56 @@ def end(running: dict[str, subprocess.Popen[bytes]]) -> dict[str, int]:
     for process in running.values():
         process.send_signal(signal.SIGTERM)
     return {role: process.wait(60) for role, process in running.items()}
+
+
+QUIET = {f"DICOM_NODE_{name}__ENABLED": "false" for name in ("INFERENCE", "DIMSE", "DICOMWEB", "ADMIN", "DELIVERY")}
+
+
+@contextmanager
+def mover_on(node: RunningNode, host: str, *, instead: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the node's mover meanwhile as on a machine called `host`, which has the folder `instead` in the place of the node's."""
+    mount = "" if instead is None else f"mount --bind {instead} {node.data_dir} && "
+    run = f"hostname {host} && {mount}exec {sys.executable} -m dicom_node serve --role mover --config {node.config}"
+    with node.log.open("ab") as log:
+        process = subprocess.Popen(["unshare", "--mount", "--uts", "sh", "-c", run], env=node.environ, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def await_ready(node: RunningNode, count: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until so many processes said that they are ready, `process` the last."""
+    deadline = time.monotonic() + 120
+    while node.log_text().count('"process.ready"') < count:
+        assert process.poll() is None, node.log_text()[-3000:]
+        assert time.monotonic() < deadline, node.log_text()[-3000:]
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a copy in the place of the original, which needs root")
+def test_a_clone_with_the_same_host_and_path_is_refused(ground: Services, tmp_path: Path) -> None:
+    """A cloned machine has host name, path and the whole folder of the node; it is refused while the node lives.
+
+    A second process on the very same folder, and the node again after a SIGKILL, are let in, whatever their containers are called.
+    """
+    node = RunningNode(tmp_path / "node", environ={**ground.new_archive(policy="land"), **QUIET, "DICOM_NODE_LOGGING__LEVEL": "debug"})
+    node.command("keys", "init")
+    with mover_on(node, "first") as first:
+        await_ready(node, 1, first)
+        clone = shutil.copytree(node.data_dir, tmp_path / "clone")
+        with mover_on(node, "first", instead=clone) as refused:
+            assert refused.wait(120) == 1, node.log_text()[-3000:]
+        assert "this data folder is a copy" in node.log_text()
+        with mover_on(node, "second") as beside:
+            await_ready(node, 2, beside)
+            beside.terminate()
+            assert beside.wait(60) == 0
+        first.kill()
+        first.wait()
+    with mover_on(node, "third") as again:
+        await_ready(node, 3, again)
+    with node.parts() as parts:
+        assert [one.host for one in parts.nodes.all()] == ["third"]
+    assert "Traceback" not in node.log_text()
