@@ -18,6 +18,7 @@ from storage.database import Database
 from tests import ceph
 from tests.ports import free_port
 from tests.postgresql_server import PostgresqlServer, started
+from tests.storage.support import open_database
 
 # No test is timed: the machine may be busy. In CI the examples are the same in every run, so that what fails is what was changed; a
 # developer's runs look for new ones.
@@ -30,6 +31,14 @@ _SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the S3 service of the tests be chosen."""
     parser.addoption("--s3", choices=("rclone", "radosgw"), default="rclone", help="the S3 service of the tests; radosgw: see make ceph")
+
+
+_LONG = ("tests/system/", "tests/faults/", "tests/interop/", "tests/dicom_node/test_threats.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, most of it waiting: at the end no worker is left alone with it."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +141,44 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         return endpoint, bucket, folder / bucket
 
     return new
+
+
+ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.peer)]
+both_engines = pytest.mark.parametrize("engine", ENGINES, indirect=True)
+"""For tests outside of tests/storage, where both is the rule."""
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    """SQLite, unless the test asks for `both_engines`."""
+    return str(getattr(request, "param", "sqlite"))
+
+
+@pytest.fixture(scope="session")
+def template_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a new, migrated database; tests copy it, which is quicker than migrating."""
+    folder = tmp_path_factory.mktemp("template")
+    database = open_database(folder)
+    database.migrate()
+    database.close()
+    return folder / "node.db"
+
+
+@pytest.fixture
+def place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """Return where an empty, migrated database is, for `open_database`: tmp_path or a URL."""
+    if engine == "postgresql":
+        return str(request.getfixturevalue("postgresql_database")())
+    shutil.copy(request.getfixturevalue("template_database"), tmp_path)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def database(place: str) -> Iterator[Database]:
+    """Open an empty database."""
+    database = open_database(place)
+    yield database
+    database.close()
 
 
 @pytest.fixture(scope="session")

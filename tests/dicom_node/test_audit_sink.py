@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import re
-import shutil
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from storage.failpoints import VARIABLE, failpoint_from_environment
 from storage.index import Index
 from storage.records import AuditEvent
 from tests.certificates import CLIENT, Authority
+from tests.conftest import both_engines
 from tests.dicom_node.audit_repository import AuditRepository, frames_of
 from tests.dicom_node.audit_schema import check
 from tests.faults.proxy import Proxy
@@ -40,39 +40,9 @@ CANARY = "Kanari-5c1d"
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database."""
-    folder = tmp_path_factory.mktemp("template")
-    database = open_database(folder)
-    database.migrate()
-    database.close()
-    return folder / "node.db"
-
-
-@pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """Who vouches for the repository."""
     return Authority(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest, template: Path, tmp_path: Path) -> str:
-    """Where an empty database is: a folder, or the URL of a PostgreSQL for the tests that ask for both."""
-    if getattr(request, "param", "sqlite") == "postgresql":
-        return str(request.getfixturevalue("postgresql_database")())
-    shutil.copy(template, tmp_path)
-    return str(tmp_path)
-
-
-both_engines = pytest.mark.parametrize("place", ["sqlite", pytest.param("postgresql", marks=pytest.mark.peer)], indirect=True)
-
-
-@pytest.fixture
-def database(place: str) -> Iterator[Database]:
-    """An empty database."""
-    database = open_database(place)
-    yield database
-    database.close()
 
 
 def recorded(database: Database, count: int = 1, *, size: int = 0) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from storage.changes import Subscriber, Subscribers
 from storage.database import Database
 from storage.failpoints import VARIABLE, failpoint_from_environment
 from storage.records import AuditEvent
+from tests.conftest import both_engines
 from tests.dicom_node.receiver import Posted, Receiver, certificate
 from tests.ports import free_port
 from tests.storage.support import open_database
@@ -33,36 +33,6 @@ from tests.storage.support import open_database
 SECRET = "a" * 16 + "secret-of-the-tests"
 OTHER = "b" * 16 + "another-secret-of-them"
 PAGE = Path(__file__).parents[2] / "docs" / "changefeed.md"
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database."""
-    folder = tmp_path_factory.mktemp("template")
-    database = open_database(folder)
-    database.migrate()
-    database.close()
-    return folder / "node.db"
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest, template: Path, tmp_path: Path) -> str:
-    """Where an empty database is: a folder, or the URL of a PostgreSQL for the tests that ask for both."""
-    if getattr(request, "param", "sqlite") == "postgresql":
-        return str(request.getfixturevalue("postgresql_database")())
-    shutil.copy(template, tmp_path)
-    return str(tmp_path)
-
-
-both_engines = pytest.mark.parametrize("place", ["sqlite", pytest.param("postgresql", marks=pytest.mark.peer)], indirect=True)
-
-
-@pytest.fixture
-def database(place: str) -> Iterator[Database]:
-    """An empty database."""
-    database = open_database(place)
-    yield database
-    database.close()
 
 
 def changed(database: Database, count: int = 1, *, action: str = "instance.received") -> list[int]:

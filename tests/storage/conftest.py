@@ -9,24 +9,28 @@ from typing import Any
 
 import pytest
 
-from storage.database import Database
 from storage.objects import ObjectStore
 from storage.s3 import S3Store
 from tests import ceph
+from tests.conftest import ENGINES
 from tests.storage.house import House, build
 from tests.storage.moto_service import MotoService, moto_server
-from tests.storage.support import open_database
 
 Build = Callable[..., House]
-
-
-ENGINES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.peer)]
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
     """Each engine in turn: what uses this fixture says the same of both. A test of one of them parametrises it."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def template_house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the key ring and the migrated database of a house that is new; to be copied, which is quicker than migrating."""
+    folder = tmp_path_factory.mktemp("template") / "house"
+    build(folder).close()
+    return folder
 
 
 @pytest.fixture
@@ -40,6 +44,11 @@ def houses(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
             if folder not in urls:
                 urls[folder] = request.getfixturevalue("postgresql_database")()
             options["database_url"] = urls[folder]
+        elif not opened and not (tmp_path / folder).exists():  # the first alone: each house has a ring of its own
+            template: Path = request.getfixturevalue("template_house")
+            (tmp_path / folder).mkdir()
+            for name in ("keys.json", "node.db"):
+                shutil.copy(template / name, tmp_path / folder)
         house = build(tmp_path / folder, **options)
         opened.append(house)
         return house
@@ -84,25 +93,6 @@ def either_house(request: pytest.FixtureRequest, houses: Build) -> House:
     return houses() if request.param == "directory" else houses(store=request.getfixturevalue("s3_store"))
 
 
-@pytest.fixture(scope="session")
-def template_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a new, migrated database; tests copy it, which is quicker than migrating."""
-    folder = tmp_path_factory.mktemp("template")
-    database = open_database(folder)
-    database.migrate()
-    database.close()
-    return folder / "node.db"
-
-
-@pytest.fixture
-def place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    """Return where an empty, migrated database is, for `open_database`: tmp_path or a URL."""
-    if engine == "postgresql":
-        return str(request.getfixturevalue("postgresql_database")())
-    shutil.copy(request.getfixturevalue("template_database"), tmp_path)
-    return str(tmp_path)
-
-
 @pytest.fixture
 def new_place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
     """Return where a database without schema is, or can be made."""
@@ -110,11 +100,3 @@ def new_place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> st
         return str(request.getfixturevalue("postgresql_database")(migrated=False))
     (tmp_path / "new").mkdir()
     return str(tmp_path / "new")
-
-
-@pytest.fixture
-def database(place: str) -> Iterator[Database]:
-    """Open an empty database."""
-    database = open_database(place)
-    yield database
-    database.close()

@@ -7,14 +7,14 @@ and HTTP doors, which have no TLS of their own yet.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.dicom_node.receiver import certificate
 from tests.system.canary import Canary, canary, captured, found_in, scanned, streams
-from tests.system.pacs import Pacs, await_reports, quick_bundles, quick_settings, running_pacs, send
+from tests.system.pacs import Pacs, await_reports, quick_settings, send
 from tests.system.running_node import RunningNode, get
 from tests.system.services import CREDENTIALS, Services, services
 
@@ -23,19 +23,6 @@ pytestmark = pytest.mark.peer
 SSL_REQUEST = bytes.fromhex("0000000804d2162f")
 """What a client of PostgreSQL says first when it wants TLS."""
 SHARED_MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Quick ones."""
-    return quick_bundles(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture
-def pacs(tmp_path: Path) -> Iterator[Pacs]:
-    """A listening destination."""
-    with running_pacs(tmp_path / "pacs") as listening:
-        yield listening
 
 
 def temporary(folder: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 
 from dicom_node.photograph import PhotographOptions
 from tests.interop.orthanc import program
-from tests.system.pacs import Pacs, await_reports, drawn, quick_bundles, quick_settings, running_pacs, send
+from tests.system.pacs import Pacs, await_reports, drawn, quick_settings, send
 from tests.system.running_node import RunningNode, analysed, get
 from tests.system.services import Services, services
 
@@ -28,19 +28,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     chosen = str(request.config.getoption("s3"))
     with services(tmp_path_factory.mktemp("services"), s3=chosen, tls=chosen == "radosgw") as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Quick ones."""
-    return quick_bundles(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture
-def pacs(tmp_path: Path) -> Iterator[Pacs]:
-    """A listening destination."""
-    with running_pacs(tmp_path / "pacs") as listening:
-        yield listening
 
 
 @pytest.fixture
