@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 
 import storage.index
 from dicom_node.config import load
@@ -30,7 +30,7 @@ from tests.conftest import S3_KEY, S3_SECRET
 from tests.ports import free_port
 from tests.storage import support
 from tests.storage.test_migrations import _described
-from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_bundles, quick_settings, running_pacs, send
+from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_settings, send
 from tests.system.running_node import START_S, RunningNode
 
 OLDER, NEWER = "0002", "9999"
@@ -73,19 +73,6 @@ class Old:
             if path.is_file() and "run" not in path.relative_to(self.node.data_dir).parts and not path.name.startswith("node.db"):
                 found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Quick ones."""
-    return quick_bundles(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture
-def pacs(tmp_path: Path) -> Iterator[Pacs]:
-    """A destination."""
-    with running_pacs(tmp_path / "pacs") as listening:
-        yield listening
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.peer)])
@@ -138,6 +125,11 @@ def old(
         node.stop()
 
 
+def indexes(connection: Connection, tables: Iterable[str]) -> set[str]:
+    """Return the names of all indexes of some tables."""
+    return {str(index["name"]) for table in tables for index in inspect(connection).get_indexes(table)}
+
+
 def downgrade(old: Old, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Put the database of a node that does not run back to the older revision, and see that it is what that revision made."""
     fresh = tmp_path / "fresh"
@@ -152,10 +144,19 @@ def downgrade(old: Old, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         command.upgrade(config, OLDER)
     with empty._backend.writer.connect() as connection:
         wanted = _described(connection)
+        kept = indexes(connection, wanted)
+        columns = {(table, column["name"]) for table in wanted for column in inspect(connection).get_columns(table)}
     empty.close()
     with old.schema() as connection:
-        for table in sorted(set(_described(connection)) - set(wanted)):
-            connection.execute(text(f"DROP TABLE {table}"))
+        by_dependence = [name for name, _ in inspect(connection).get_sorted_table_and_fkc_names() if name]
+        for table in reversed(by_dependence):
+            if table not in {*wanted, "alembic_version"}:
+                connection.execute(text(f"DROP TABLE {table}"))
+        for index in indexes(connection, wanted) - kept:
+            connection.execute(text(f"DROP INDEX {index}"))
+        newer = {(name, column.name) for name in wanted for column in METADATA.tables[name].columns} - columns
+        for table, column in newer:
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         assert _described(connection) == wanted
         connection.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": OLDER})
 
