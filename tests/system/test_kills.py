@@ -11,13 +11,12 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dicom_node.sending import Outgoing
-from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_bundles, quick_settings, running_pacs, send
+from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_settings, send
 from tests.system.running_node import RunningNode
 
 POINTS = (
@@ -25,19 +24,6 @@ POINTS = (
     "conclude.committed", "deliver.claimed", "deliver.sent", "deliver.answered", "acknowledge.committed",
 )  # fmt: skip
 IMAGES = 4
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What is tested here is not the models."""
-    return quick_bundles(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture
-def pacs(tmp_path: Path) -> Iterator[Pacs]:
-    """A listening destination."""
-    with running_pacs(tmp_path / "pacs") as listening:
-        yield listening
 
 
 def node_for(tmp_path: Path, pacs: Pacs, bundles: str, **environ: str) -> RunningNode:
@@ -48,7 +34,11 @@ def node_for(tmp_path: Path, pacs: Pacs, bundles: str, **environ: str) -> Runnin
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_each_step(tmp_path: Path, pacs: Pacs, bundles: str, point: str) -> None:
     """The process that reaches ``point`` the third time dies there; all reports arrive all the same, each once."""
-    once = {"DICOM_NODE_FAILPOINT": f"{point}:3", "DICOM_NODE_FAILPOINT_ONCE": str(tmp_path / "fired")}
+    once = {
+        "DICOM_NODE_FAILPOINT": f"{point}:3",
+        "DICOM_NODE_FAILPOINT_ONCE": str(tmp_path / "fired"),
+        "DICOM_NODE_DICOMWEB__ENABLED": "false",  # no step is its
+    }
     node = node_for(tmp_path, pacs, bundles, **once).start()
     try:
         items = drawn(range(IMAGES))
