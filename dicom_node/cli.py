@@ -20,6 +20,7 @@ from dicom_node.conformance import conformance
 from dicom_node.console import ConfigOption, command_line, err, fail, faults_as_sentences, out, progress_bar, runnable, settings_of
 from dicom_node.doctor import doctor
 from dicom_node.errors import StartError
+from storage.actor import operator
 from storage.records import AuditEvent, JobKind
 
 _MARKS = {True: ("ok", "green"), False: ("no", "bold red"), None: ("-", "yellow")}
@@ -203,7 +204,7 @@ def requeue(
             parts.queue.requeue(job_id)
         count = len(job_ids or []) + (parts.queue.requeue_dead(JobKind(dead)) if dead is not None else 0)
         detail = {"jobs": job_ids or [], "dead": dead or ""}
-        parts.audit.record(AuditEvent(action="job.requeued", outcome="success", actor="operator", detail=detail))
+        parts.audit.record(AuditEvent(action="job.requeued", outcome="success", actor=operator(), detail=detail))
         typer.echo(f"{count} job{'s' if count != 1 else ''} will run again")
 
 

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from dicom_node.config import Settings
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, print_rows, progress_bar, runnable, settings_of
+from storage.actor import operator
 from storage.records import AuditEvent
 
 hold_app = typer.Typer(
@@ -19,7 +21,6 @@ quarantine_app = typer.Typer(
 )
 nodes_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="The nodes that share the database.")
 
-OPERATOR = "operator"
 
 StudyArgument = Annotated[str, typer.Argument(help="Study Instance UID.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the audit trail.")]
@@ -78,7 +79,7 @@ def nodes_lost(
             nodes=parts.nodes,
         )
         with progress_bar("looking for its objects") as progress:
-            losses = loss.declare(node_id, actor=OPERATOR, progress=progress)
+            losses = loss.declare(node_id, actor=operator(), progress=progress)
         typer.echo(f"node {node_id} is declared lost: {losses}")
         if losses.lost:
             typer.echo("Have the lost instances sent again: what arrives takes their place. The audit trail names them (instance.lost).")
@@ -111,7 +112,7 @@ def hold_place(study_instance_uid: StudyArgument, reason: ReasonOption, config_f
     from dicom_node import storehouse
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        new = parts.holds.place(study_instance_uid, reason=reason, actor=OPERATOR)
+        new = parts.holds.place(study_instance_uid, reason=reason, actor=operator())
         typer.echo("under hold" if new else "it was under hold already; nothing was changed")
 
 
@@ -121,7 +122,7 @@ def hold_lift(study_instance_uid: StudyArgument, reason: ReasonOption, config_fi
     from dicom_node import storehouse
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        if not parts.holds.lift(study_instance_uid, reason=reason, actor=OPERATOR):
+        if not parts.holds.lift(study_instance_uid, reason=reason, actor=operator()):
             raise fail("this study is not under hold; `dicom-node hold list` shows those that are")
         typer.echo("the hold is lifted")
 
@@ -155,9 +156,9 @@ def erase(
             raise typer.Exit(1)
         erasure = parts.archive.erasure()
         if study:
-            erased = erasure.erase_study(study, actor=OPERATOR, reason=reason)
+            erased = erasure.erase_study(study, actor=operator(), reason=reason)
         else:
-            erased = erasure.erase_patient(patient, issuer, actor=OPERATOR, reason=reason)
+            erased = erasure.erase_patient(patient, issuer, actor=operator(), reason=reason)
         if not erased.instances and not erased.objects:
             typer.echo(f"{what} was erased before: what a crash had left of it was deleted now")
             return
@@ -199,7 +200,7 @@ def quarantine_accept(number: NumberArgument, reason: ReasonOption, config_file:
     from dicom_node import storehouse
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
-        record = parts.archive.quarantine().accept(number, actor=OPERATOR, reason=reason)
+        record = parts.archive.quarantine().accept(number, actor=operator(), reason=reason)
         typer.echo(f"accepted: {record.summary.sop_instance_uid}")
         for one in parts.archive.quarantine().all():
             if one.record.summary.sop_instance_uid == record.summary.sop_instance_uid:
@@ -219,7 +220,7 @@ def quarantine_drop(
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
         if not yes and not typer.confirm(f"Delete number {number} of the quarantine? It cannot be undone", err=True):
             raise typer.Exit(1)
-        parts.archive.quarantine().drop(number, actor=OPERATOR, reason=reason)
+        parts.archive.quarantine().drop(number, actor=operator(), reason=reason)
         typer.echo("deleted")
 
 
@@ -233,6 +234,7 @@ def migrate(
     configuration. The ring moves with it: its copy has to be in the new place before.
     """
     from dicom_node import storehouse
+    from storage.audit import AuditTrail
     from storage.copying import move_database
     from storage.keys import Ring
 
@@ -249,12 +251,26 @@ def migrate(
             target.migrate()
             with progress_bar("moving") as progress:
                 counted = move_database(source, target, lambda _table, rows: progress(rows, None))
+            detail = {"from": _called(old), "to": _called(new), "rows": sum(counted.values())}
+            AuditTrail(database=target).record(AuditEvent(action="archive.moved", outcome="success", actor=operator(), detail=detail))
         finally:
             source.close()
             target.close()
         for name, rows in counted.items():
             typer.echo(f"{rows:>9}  {name}")
         typer.echo(f"every table compared. The old database is retired: stop the node, and start it with --config {to}")
+
+
+def _called(settings: Settings) -> str:
+    """Return what the database of a configuration is called in the audit trail: no password, nor what else stands behind the name."""
+    from sqlalchemy import make_url
+
+    from dicom_node.storehouse import database_file
+
+    if not settings.database.url:
+        return str(database_file(settings))
+    url = make_url(settings.database.url)
+    return f"{url.database} of {url.host or 'this machine'}"
 
 
 def retention(
@@ -272,9 +288,9 @@ def retention(
             return
         with storehouse.storage(settings) as parts:
             judge = parts.archive.retention(days=settings.care.retention_days)
-            duties = Duties(database=parts.database, holder=OPERATOR)
+            duties = Duties(database=parts.database, holder=operator())
             if confirm_clock:
-                duties.put("retention", cursor=judge.confirm_clock(actor=OPERATOR))
+                duties.put("retention", cursor=judge.confirm_clock(actor=operator()))
                 typer.echo("noted: what is due now is erased at the next round, within a minute")
             count = 0
             for due in judge.due():
@@ -321,7 +337,7 @@ def backup(
             "mended": len(made.mended),
             "removed": made.removed,
         }
-        parts.audit.record(AuditEvent(action="archive.backed_up", outcome="success", actor=OPERATOR, detail=detail))
+        parts.audit.record(AuditEvent(action="archive.backed_up", outcome="success", actor=operator(), detail=detail))
         objects = (
             f"{made.objects} objects stay in the bucket" if parts.store.remote else f"{made.objects} objects ({made.copied} copied now)"
         )
@@ -383,7 +399,7 @@ def restore(
                 AuditEvent(
                     action="archive.restored",
                     outcome="success" if report.intact and not found.lost else "incomplete",
-                    actor=OPERATOR,
+                    actor=operator(),
                     detail={"folder": str(folder), "rows": found.rows, "objects": found.objects, "lost": len(found.lost)},
                 )
             )

@@ -15,6 +15,7 @@ from rich.text import Text
 from dicom_node.config import Settings, is_loopback
 from dicom_node.console import ConfigOption, err, fail, faults_as_sentences, out, print_rows, runnable, settings_of
 from dicom_node.peers import REPORT_KINDS, Peer, clashes, faults, merged
+from storage.actor import operator
 
 if TYPE_CHECKING:
     from dicom_node.storehouse import Storehouse
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 peers_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The peers: who may call, and where reports go.")
 
-OPERATOR = "operator"
 NameArgument = Annotated[str, typer.Argument(help="Its name, as routes, logs and `peers list` call it.")]
 
 
@@ -110,7 +110,7 @@ def peers_add(
 
         with storehouse.storage(settings) as parts:
             try:
-                _known(parts).add(peer.name, peer.settings(), actor=OPERATOR, check=check)
+                _known(parts).add(peer.name, peer.settings(), actor=operator(), check=check)
             except _ClashError as error:
                 raise fail(*error.args) from error
     typer.echo(f"peer {peer.name} added: {_in_words(peer)}. Every process knows it within two seconds.")
@@ -281,7 +281,7 @@ def peers_remove(name: NameArgument, config_file: ConfigOption = None) -> None:
         settings = settings_of(config_file)
         with storehouse.storage(settings) as parts:
             known = _known(parts)
-            if not known.remove(name, actor=OPERATOR):
+            if not known.remove(name, actor=operator()):
                 if any(peer.name == name for peer in _configured(settings)):
                     raise fail(f"peer {name} stands in the configuration; take its [[peers]] entry out there, and start the node again")
                 raise fail(f"no peer is called {name}; `dicom-node peers list` shows which there are")

@@ -86,7 +86,9 @@ def _space(settings: Settings) -> Finding:
 
 def _keys(settings: Settings) -> Finding:
     from dicom_node.storehouse import database_file, foreign_ring, open_database  # what is not looked at is not loaded
+    from storage.audit import AuditTrail
     from storage.keys import Ring
+    from storage.ring_identity import RingIdentity
     from storage.study_keys import StudyKeys
 
     path = settings.ring_file
@@ -112,6 +114,7 @@ def _keys(settings: Settings) -> Finding:
             weaknesses = database.weaknesses()
             want_of_room = _want_of_room(database)
             fault = foreign_ring(settings, StudyKeys(database=database, ring=ring), ring)
+            fault = fault or RingIdentity(database=database, audit=AuditTrail(database=database), ring=ring).fault()
         finally:
             database.close()
     except StorageError as error:

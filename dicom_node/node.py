@@ -55,6 +55,7 @@ from storage.failpoints import failpoint_from_environment
 from storage.keys import Ring
 from storage.nodes import CLOCK_OFF, SEEN_EVERY_S, Replaced, clock_words
 from storage.records import AuditEvent
+from storage.ring_identity import RingIdentity
 
 if TYPE_CHECKING:
     from dicom_node.webhooks import WebhookSender
@@ -147,6 +148,7 @@ def _present(settings: Settings, parts: Storehouse, lock: FolderLock, replaced: 
     """
     if fault := foreign_ring(settings, parts.study_keys, parts.ring):
         raise StartError(fault)
+    RingIdentity(database=parts.database, audit=parts.audit, ring=parts.ring).bind()
     told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}
     parts.nodes.enter(node_id=parts.node_id, incarnation=lock.incarnation, **told)
     process = {"node": parts.node_id, "role": role, "version": told["version"], "process": os.getpid()}

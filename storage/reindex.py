@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import BigInteger, Column, Integer, MetaData, Row, Table, Text, bindparam, exists, func, insert, inspect, select, update
 
+from storage.actor import operator
 from storage.database import from_micros, to_micros
 from storage.database_name import name_of
-from storage.errors import InstanceNotFound, IntegrityError, Unavailable
+from storage.errors import InstanceNotFound, IntegrityError, KeyNotHere, Unavailable
 from storage.failpoints import unarmed
 from storage.intake import footer_to_record, record_to_footer
 from storage.quarantine import Marks
@@ -195,7 +196,7 @@ class Reindex:
             )
             found.copies = connection.execute(filed).scalar_one()
             self._audit.append(
-                connection, AuditEvent(action="archive.reindexed", outcome="success", actor="operator", detail=asdict(found))
+                connection, AuditEvent(action="archive.reindexed", outcome="success", actor=operator(), detail=asdict(found))
             )
             HEARD.drop(connection)
 
@@ -229,7 +230,7 @@ class Reindex:
     def _key(self, store: ObjectStore, study_key_id: str) -> StudyKey | None:
         try:
             return self._study_keys.from_document(store.get_document(document_name(study_key_id)))
-        except (IntegrityError, InstanceNotFound) as error:
+        except (IntegrityError, InstanceNotFound, KeyNotHere) as error:
             _log.error("study_key.document_unreadable", extra={"study_key_id": study_key_id, "reason": str(error)})
             return None
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from dicom_node import config, storehouse
 from dicom_node.cli import app
+from storage.actor import operator
 from storage.duties import Duties
 from storage.keys import Ring
 from storage.nodes import Incarnation
@@ -69,11 +70,11 @@ def test_a_key_is_changed(typed: Type) -> None:
     with opened() as parts:
         former = parts.ring.primary_key_id
     assert typed("keys", "remove", former).exit_code == 1
-    for words in (("add",), ("rotate",), ("remove", former)):
+    for words in (("add", "--promote"), ("rotate",), ("remove", former)):
         assert typed("keys", *words).exit_code == 0
     assert former not in typed("keys", "list").stdout
     with opened() as parts:
-        assert [entry.event.action for entry in parts.audit.entries()] == ["keys.rotated", "keys.removed"]
+        assert [entry.event.action for entry in parts.audit.entries()] == ["keys.added", "keys.rotated", "keys.removed"]
 
 
 def test_nothing_is_backed_up_into_the_node(typed: Type, tmp_path: Path) -> None:
@@ -122,3 +123,7 @@ def test_the_ring_moves_with_the_database(typed: Type, written: str, tmp_path: P
     assert (refused.exit_code, f"{copy} is another ring" in refused.stderr) == (1, True)
     copy.write_bytes(ring.read_bytes())
     assert typed(*words).exit_code == 0
+    with storehouse.storage(config.load(file)) as parts:
+        (event,) = (entry.event for entry in parts.audit.entries())
+    assert (event.action, event.actor) == ("archive.moved", operator())
+    assert (event.detail["from"], event.detail["to"]) == (str(tmp_path / "index.db"), str(new / "index.db"))
