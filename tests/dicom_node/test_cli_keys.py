@@ -1,0 +1,137 @@
+"""`dicom-node keys`, typed: a key is used when every node can have it, nothing is advised that loses an archive, and all is recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from dicom_node import config, storehouse
+from dicom_node.cli import app
+from storage.actor import operator
+from storage.keys import Ring
+from storage.kms import KmsKey
+from storage.records import AuditEvent
+from storage.ring_identity import SUBJECT
+from tests.storage.key_service import KeyService, key_service, moto_server
+
+Type = Callable[..., Result]
+
+
+@pytest.fixture
+def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Type a command in a data folder that is empty yet."""
+    monkeypatch.setenv("DICOM_NODE_NODE__DATA_DIR", str(tmp_path))
+    return lambda *words: CliRunner().invoke(app, words)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyService]:
+    """A key service of which the configuration names no key yet, and credentials for it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+    with moto_server() as address, key_service(address) as service:
+        monkeypatch.setenv("DICOM_NODE_KEYS__RING", "kms")
+        monkeypatch.setenv("DICOM_NODE_KEYS__KMS_ENDPOINT_URL", service.url)
+        yield service
+
+
+def prepare() -> Path:
+    """Make the database, as a first start does; return the ring's file."""
+    settings = config.load(None)
+    database = storehouse.open_database(settings, Ring.load(settings.ring_file))
+    database.migrate()
+    database.close()
+    return settings.ring_file
+
+
+def recorded() -> list[AuditEvent]:
+    """Return what the audit trail holds."""
+    with storehouse.storage(config.load(None)) as parts:
+        return [entry.event for entry in parts.audit.entries()]
+
+
+def test_a_rotation_step_by_step(typed: Type) -> None:
+    """`add` uses nothing; `promote`, `rotate` and `remove` do the rest; each stands in the audit trail, with who did it."""
+    assert typed("keys", "init").exit_code == 0
+    path = prepare()
+    (first,) = Ring.shown(path)
+    added = typed("keys", "add")
+    _, second = Ring.shown(path)
+    assert (added.exit_code, second.primary) == (0, False)
+    assert "copy the ring to every node" in added.stdout
+    assert f"`dicom-node keys promote {second.key_id}`" in added.stdout
+    promoted = typed("keys", "promote", second.key_id)
+    assert (promoted.exit_code, Ring.load(path).primary_key_id) == (0, second.key_id)
+    assert "Copy the ring to every node" in promoted.stdout
+    assert typed("keys", "rotate").exit_code == 0
+    removed = typed("keys", "remove", first.key_id)
+    assert (removed.exit_code, "Destroy the old copies when no backup needs it" in removed.stdout) == (0, True)
+    events = recorded()
+    assert [event.action for event in events] == ["keys.added", "keys.promoted", "keys.rotated", "keys.removed"]
+    assert {(event.actor, event.subject, event.outcome) for event in events} == {(operator(), SUBJECT, "success")}
+    assert events[0].detail == {"key": second.key_id, "place": "ring file", "primary": False}
+    assert events[1].detail == {"key": second.key_id, "former": first.key_id}
+
+
+def test_one_node_may_use_it_at_once(typed: Type) -> None:
+    """`add --promote`, where nobody has a copy of the ring."""
+    typed("keys", "init")
+    path = prepare()
+    assert typed("keys", "add", "--promote").exit_code == 0
+    assert [key.primary for key in Ring.shown(path)] == [False, True]
+    assert recorded()[-1].detail["primary"] is True
+
+
+def test_what_cannot_be_recorded_is_not_done(typed: Type) -> None:
+    """Without a database the ring stays as it is, byte for byte."""
+    typed("keys", "init")
+    path = config.load(None).ring_file
+    before = path.read_bytes()
+    for words in (("add",), ("add", "--promote"), ("promote", Ring.shown(path)[0].key_id)):
+        refused = typed("keys", *words)
+        assert (refused.exit_code, "start the node once" in refused.output) == (1, True)
+    assert path.read_bytes() == before
+
+
+def test_a_rotation_in_the_key_service(typed: Type, service: KeyService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same key again is refused, by its alias too; another is taken, and the one that went may be deleted later."""
+    arn, other = service.make_key(), service.make_key()
+    monkeypatch.setenv("DICOM_NODE_KEYS__KMS_KEY_ID", arn)
+    assert typed("keys", "init").exit_code == 0
+    path = prepare()
+    before = path.read_bytes()
+    service.make_alias("node", arn)
+    for same in (arn, "alias/node"):
+        monkeypatch.setenv("DICOM_NODE_KEYS__KMS_KEY_ID", same)
+        monkeypatch.setenv("DICOM_NODE_KEYS__KMS_REGION", "eu-central-1")
+        refused = typed("keys", "add")
+        assert refused.exit_code == 1
+        assert f"{arn} is in the ring already" in refused.output
+        assert "make a new key in the key service" in refused.output
+    assert path.read_bytes() == before
+    monkeypatch.setenv("DICOM_NODE_KEYS__KMS_KEY_ID", other)
+    assert typed("keys", "add", "--promote").exit_code == 0
+    assert typed("keys", "rotate").exit_code == 0
+    removed = typed("keys", "remove", Ring.shown(path)[0].key_id)
+    assert removed.exit_code == 0
+    assert f"{arn} is used by this ring no more" in removed.stdout
+
+
+def test_a_ring_with_one_key_twice(typed: Type, service: KeyService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier version let the same key of the service in a second time: who removes one of the two is told to keep the key."""
+    path = tmp_path / "keys" / "ring.json"
+    path.parent.mkdir(mode=0o700)
+    arn = service.make_key()
+    monkeypatch.setenv("DICOM_NODE_KEYS__KMS_KEY_ID", arn)
+    ring = Ring.create(path, KmsKey(arn, endpoint_url=service.url))
+    prepare()
+    content = json.loads(path.read_text())
+    content["keys"]["0" * 16] = content["keys"][ring.primary_key_id]
+    path.write_text(json.dumps(content))
+    removed = typed("keys", "remove", "0" * 16)
+    assert removed.exit_code == 0
+    assert f"{arn} stays in use, as key {ring.primary_key_id}: do NOT delete it" in removed.stdout
