@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.nodes import Incarnation
 from tests.system.cluster import Cluster, Load, crash_postgresql
 from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_bundles, quick_settings, running_pacs, send
 from tests.system.running_node import RunningNode
@@ -187,3 +188,28 @@ def test_a_clone_with_the_same_host_and_path_is_refused(ground: Services, tmp_pa
     with node.parts() as parts:
         assert [one.host for one in parts.nodes.all()] == ["third"]
     assert "Traceback" not in node.log_text()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_node_that_was_replaced_ends_at_once(ground: Services, tmp_path: Path, *, alone: bool) -> None:
+    """A clone was let in while the node was silent: the node says so and ends with what it has running, whole or a role alone."""
+    environ = {**ground.new_archive(policy="land"), **QUIET, "DICOM_NODE_DIMSE__ENABLED": "true", "DICOM_NODE_NODE__DRAIN_S": "600"}
+    node = RunningNode(tmp_path / "node", environ={**environ, "DICOM_NODE_LOGGING__LEVEL": "debug"})
+    node.command("keys", "init")
+    process = node.start_role("dimse") if alone else node.start(wait=False).process
+    assert process is not None
+    try:
+        await_ready(node, 1 if alone else 3, process)  # door, courier, mover
+        with node.parts() as parts:
+            (row,) = parts.nodes.all()
+            number = (node.data_dir / "run" / "incarnation").read_text().split()[0]
+            clone = Incarnation("clone", ended=frozenset({number}))
+            parts.nodes.enter(node_id=row.node_id, incarnation=clone, host="clone", data_dir="/clone", version="1")
+        assert process.wait(120) == 1, node.log_text()[-3000:]
+        assert not answers(node)
+        assert '"node.replaced"' in node.log_text()
+        with node.parts() as parts:
+            assert [(one.host, one.state) for one in parts.nodes.all()] == [("clone", "seen")]
+    finally:
+        process.kill()
+        process.wait()
