@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from storage.audit import AuditTrail
 from storage.audit_outbox import AuditOutbox
 from storage.cache import ReadCache
 from storage.database import Database
-from storage.errors import Unavailable
+from storage.errors import StorageError, Unavailable
 from storage.failpoints import failpoint_from_environment
 from storage.holds import Holds
 from storage.index import Index
@@ -115,19 +117,55 @@ def object_store(settings: Settings) -> ObjectStore:
     return DirectoryStore(folder(settings.node.data_dir / "objects"), reach=reach)
 
 
-def node_id(settings: Settings) -> str:
-    """Return the identity of this node, made once for its data folder."""
+def node_id(settings: Settings, database: Database) -> str:
+    """Return the identity of this node, made once for its data folder; on return a power cut cannot take it.
+
+    Raises
+    ------
+    storage.errors.Unavailable
+        The file holds none: another must not be made, since what waits in `landed` is known under the old one.
+    """
     path = folder(settings.node.data_dir) / "node_id"
     if not path.exists():
-        fresh = path.with_name(f".node_id.{secrets.token_hex(8)}")
-        fresh.write_text(secrets.token_hex(8) + "\n", encoding="ascii")
-        try:
-            path.hardlink_to(fresh)  # whoever comes second keeps the first one's
-        except FileExistsError:
-            log.debug("node_id.made_elsewhere")
-        finally:
-            fresh.unlink()
-    return path.read_text(encoding="ascii").strip()
+        _make_node_id(path)
+    known = path.read_bytes().strip()
+    if re.fullmatch(rb"[0-9a-f]{16}", known) is None:
+        raise Unavailable(
+            f"{path} holds no identity (16 hexadecimal digits): a power cut or a full disk may have emptied it; write this node's back "
+            f"into it, as `dicom-node nodes` of another node or the table `nodes` of the database has it{_registered(settings, database)}. "
+            "Only if this node never ran before, or nothing lies in `landed`, remove the file: the next start makes a new identity"
+        )
+    return known.decode("ascii")
+
+
+def _make_node_id(path: Path) -> None:
+    fresh = path.with_name(f".node_id.{secrets.token_hex(8)}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, f"{secrets.token_hex(8)}\n".encode("ascii"))
+        os.fsync(descriptor)
+        path.hardlink_to(fresh)  # whoever comes second keeps the first one's
+    except FileExistsError:
+        log.debug("node_id.made_elsewhere")
+    finally:
+        os.close(descriptor)
+        fresh.unlink()
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _registered(settings: Settings, database: Database) -> str:
+    """Return the identities under which this host and folder are registered, in words; empty where none can be read."""
+    try:
+        nodes = Nodes(database=database).all()
+    except StorageError:
+        return ""
+    here = (socket.gethostname(), str(settings.node.data_dir.resolve()))
+    ids = [one.node_id for one in nodes if (one.host, one.data_dir) == here]
+    return f": for this host and folder {' or '.join(ids)}" if ids else ""
 
 
 def wrapping_key(settings: Settings) -> WrappingKey | None:
@@ -200,7 +238,7 @@ def storage(settings: Settings) -> Iterator[Storehouse]:
 def _assembled(settings: Settings, ring: Ring, database: Database) -> Storehouse:
     reach = failpoint_from_environment(os.environ)
     data_dir = settings.node.data_dir
-    identity = node_id(settings)
+    identity = node_id(settings, database)
     index = Index(database=database)
     audit = AuditTrail(database=database)
     outbox = AuditOutbox(database=database, from_beginning=settings.audit.from_beginning, refuse_after=settings.audit.refuse_after)
