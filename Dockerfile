@@ -30,6 +30,7 @@ VOLUME /var/lib/dicom-node
 # The doors listen on loopback until the configuration names peers (DIMSE) and a proxy (DICOMweb); see docs/peers.md.
 EXPOSE 11112 8080 8081
 STOPSIGNAL SIGTERM
+# Whether it lives, not whether it is ready: in an outage of bucket or database killing it would help nobody.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8081/readyz', timeout=4)"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8081/healthz', timeout=4)"]
 CMD ["dicom-node", "serve"]

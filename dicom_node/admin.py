@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 from aiohttp import web
 
 log = structlog.get_logger()
+
+END_S: Final = 2.0
+"""How long a stop waits for pages that are being made; a check that hangs must not keep the node from stopping."""
 
 
 class AdminServer:
@@ -65,7 +69,7 @@ class AdminServer:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        runner = web.AppRunner(self._app(), access_log=None)
+        runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=END_S)
 
         async def listen() -> None:
             await runner.setup()
