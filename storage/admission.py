@@ -282,13 +282,12 @@ class Admission:
         if known.summary.sha256 != record.summary.sha256:
             return _Known.DUPLICATE if self._same_picture(known, record, file, stored=stored) else _Known.OTHER
         try:
-            self._places.require_whole(known)
+            self._places.require_whole(known, thaw=False)
         except (InstanceNotFound, IntegrityError) as error:
             _log.error("object.damaged", extra={"object_key": known.sealed.object_key, "reason": str(error)})
             return _Known.HEALING
         except ColdObject:
-            whole = self._places.store.stat(known.sealed.object_key).byte_count == known.sealed.byte_count
-            return _Known.DUPLICATE if whole else _Known.HEALING  # the store vouches for what it put away
+            return _Known.DUPLICATE  # in its length: the store vouches for what it put away
         except Unavailable:
             if known.landed_on or self._places.lands(policy):
                 return _Known.BESIDE  # another node's promise, or a store that is away: this node makes a promise of its own

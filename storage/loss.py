@@ -152,10 +152,9 @@ class Loss:
 
     def _place_of(self, record: InstanceRecord) -> str | None:
         try:
-            self._places.require_whole(replace(record, landed_on=""))
+            self._places.require_whole(replace(record, landed_on=""), thaw=False)
         except ColdObject:
-            if self._places.store.stat(record.sealed.object_key).byte_count == record.sealed.byte_count:
-                return ""
+            return ""
         except (InstanceNotFound, IntegrityError):
             pass
         else:

@@ -20,8 +20,9 @@ it is damaged, or cannot be judged now        left, and counted
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sqlalchemy import delete, select
 
 from storage.admission import event_of
-from storage.database import utc_now
+from storage.database import to_micros, utc_now
 from storage.erasure import all_erased_keys, erased_keys
 from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 from storage.failpoints import unarmed
@@ -99,16 +100,55 @@ class Swept:
 
 @dataclass(frozen=True, slots=True)
 class _Orphan:
-    """An orphan that could be read, in the order in which it is taken in: sources first, each as it was received."""
+    """An orphan that could be read."""
 
-    is_report: bool
-    received_at: datetime
     object_key: str
     in_spool: bool
-    analysed: str
+    is_report: bool
+    received_at: int
+    """Microseconds since 1970."""
+    analysed: str = ""
     """Of a summary: what it was made from."""
-    mark: Mark | None
+    mark: Mark | None = None
     """It was set aside, by an operator or for what was there first."""
+
+
+class _Found:
+    """What a sweep found, to be taken in in its order: sources first, each as it was received.
+
+    After an old restore that is the whole archive, so about 70 bytes are kept of each, and as many again of each that was analysed.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[bytes] = []
+        self._reports: list[bytes] = []
+        self._analysed: set[bytes] = set()
+        self._marks: dict[str, Mark] = {}
+
+    def add(self, orphan: _Orphan) -> None:
+        """Keep one."""
+        told = max(0, orphan.received_at).to_bytes(8, "big") + bytes.fromhex(orphan.object_key)
+        (self._reports if orphan.is_report else self._sources).append(told)
+        if orphan.mark is not None:
+            self._marks[orphan.object_key] = orphan.mark
+        elif orphan.analysed:
+            self._analysed.add(_digest(orphan.analysed))
+
+    def taken(self, *, in_spool: bool, reports: bool) -> Iterator[_Orphan]:
+        """Give sources or reports in their order."""
+        found = self._reports if reports else self._sources
+        found.sort()
+        for told in found:
+            object_key = told[8:].hex()
+            yield _Orphan(object_key, in_spool, reports, int.from_bytes(told[:8], "big"), mark=self._marks.get(object_key))
+
+    def was_analysed(self, sop_instance_uid: str) -> bool:
+        """Tell whether a summary of this instance was found."""
+        return _digest(sop_instance_uid) in self._analysed
+
+
+def _digest(uid: str) -> bytes:
+    return hashlib.blake2b(uid.encode(), digest_size=16).digest()
 
 
 class Orphans:
@@ -197,7 +237,7 @@ class Orphans:
     def _sweep_objects(
         self, object_keys: Iterator[str], keys: KeyRing, swept: Swept, *, in_spool: bool, restored: bool, pace: Callable[[int], object]
     ) -> None:
-        found: list[_Orphan] = []
+        found = _Found()
         unread = Unread()
         marks = cache(partial(Marks, self._places.store))
         erased = cache(partial(all_erased_keys, self._database))
@@ -208,20 +248,18 @@ class Orphans:
                 look = partial(self._look, keys=keys, marks=marks, erased=erased, in_spool=in_spool, restored=restored)
                 for object_key, (seen, orphan) in zip(orphans, pool.map(look, orphans), strict=True):
                     swept.note(_noted(unread, object_key, seen))
-                    found += [orphan] if orphan is not None else []
-        analysed = {orphan.analysed for orphan in found if orphan.mark is None}
-        found.sort(key=lambda orphan: (orphan.is_report, orphan.received_at, orphan.object_key))
-        sources = [orphan for orphan in found if not orphan.is_report]
-        self._settle_all(sources, keys, analysed, swept, unread, restored=restored, pace=pace)
-        if not in_spool:
-            self._follow_marks()  # before a report finds the instance of its source's UID
-        self._settle_all(found[len(sources) :], keys, analysed, swept, unread, restored=restored, pace=pace)
+                    if orphan is not None:
+                        found.add(orphan)
+        for reports in (False, True):
+            self._settle_all(found.taken(in_spool=in_spool, reports=reports), keys, found, swept, unread, restored=restored, pace=pace)
+            if not in_spool and not reports:
+                self._follow_marks()  # before a report finds the instance of its source's UID
 
     def _settle_all(
         self,
-        orphans: Sequence[_Orphan],
+        orphans: Iterable[_Orphan],
         keys: KeyRing,
-        analysed: set[str],
+        found: _Found,
         swept: Swept,
         unread: Unread,
         *,
@@ -232,7 +270,7 @@ class Orphans:
             self._reach("orphan.judged")
             judged: Fate | Unavailable | None
             try:
-                judged = self._settle(orphan, keys, analysed, restored=restored, pace=pace)
+                judged = self._settle(orphan, keys, found, restored=restored, pace=pace)
             except _LEFT as error:
                 judged = _left(orphan.object_key, error)
             except Unavailable as error:
@@ -269,7 +307,7 @@ class Orphans:
         except Unavailable as error:
             return error, None
         analysed = str(heard.report["source_sop_instance_uid"]) if heard.report is not None and heard.report["kind"] == "summary" else ""
-        return None, _Orphan(heard.report is not None, heard.record.origin.received_at, object_key, in_spool, analysed, mark)
+        return None, _Orphan(object_key, in_spool, heard.report is not None, to_micros(heard.record.origin.received_at), analysed, mark)
 
     def _hear(
         self,
@@ -289,7 +327,7 @@ class Orphans:
         finally:
             reader.close()
 
-    def _settle(self, orphan: _Orphan, keys: KeyRing, analysed: set[str], *, restored: bool, pace: Callable[[int], object]) -> Fate | None:
+    def _settle(self, orphan: _Orphan, keys: KeyRing, found: _Found, *, restored: bool, pace: Callable[[int], object]) -> Fate | None:
         """Decide about one orphan, which is read whole before."""
         heard = self._hear(orphan.object_key, keys, in_spool=orphan.in_spool, pace=pace)
         record = replace(heard.record, landed_on=self._places.node_id if orphan.in_spool else "")
@@ -311,7 +349,7 @@ class Orphans:
                 mark=orphan.mark,
                 judged=known,
                 whole=whole,
-                analysed=analysed,
+                analysed=found.was_analysed(record.summary.sop_instance_uid),
                 restored=restored,
             )
         )
@@ -330,7 +368,7 @@ class Orphans:
         mark: Mark | None,
         judged: InstanceRecord | None,
         whole: bool,
-        analysed: set[str],
+        analysed: bool,
         restored: bool,
     ) -> Fate | None:
         summary = record.summary
@@ -363,7 +401,7 @@ class Orphans:
         self._move_in(connection, record)
         if heard.report is not None:
             self._adopt_report_in(connection, record, heard.report, restored=restored)
-        elif summary.sop_instance_uid not in analysed:
+        elif not analysed:
             for job in self._jobs_for(summary, record.origin):
                 self._queue.enqueue(connection, replace(job, home=record.landed_on))
         self._audit.append(connection, event_of("instance.adopted", record))
@@ -408,7 +446,7 @@ class Orphans:
         if known.landed_on and not orphan.in_spool:
             return False  # it lies on one disk alone, perhaps of a node that is lost; this one lies in the store
         try:
-            self._places.require_whole(known)
+            self._places.require_whole(known, thaw=False)  # beside a cold one the orphan waits; it costs less than a restore
         except (InstanceNotFound, IntegrityError, LostObject):
             return False  # lost with its node: nobody else has it any more
         except Unavailable:

@@ -14,7 +14,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from storage.errors import InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
+from storage.errors import ColdObject, InstanceNotFound, IntegrityError, LostObject, StorageError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -167,8 +167,13 @@ class Places:
         if self._lost(node_id, sop_instance_uid):
             raise LostObject(f"the object lay on the disk of node {node_id} alone, which was declared lost: have the instance sent again")
 
-    def require_whole(self, record: InstanceRecord) -> None:
+    def require_whole(self, record: InstanceRecord, *, thaw: bool = True) -> None:
         """Read the object of `record` from where its row says it lives, never from the cache, and compare its digest.
+
+        Parameters
+        ----------
+        thaw
+            Whether the restore of one in a cold class is started, which takes hours and costs money; its length is compared all the same.
 
         Raises
         ------
@@ -184,12 +189,16 @@ class Places:
         if record.landed_on and record.landed_on != self._node_id:
             self.require_not_lost(record.landed_on, record.summary.sop_instance_uid)
             raise Unavailable(f"the object lies on the disk of node {record.landed_on}: only that node can read it yet")
+        if self.remote and not record.landed_on and not thaw:
+            info = self.store.stat(record.sealed.object_key)
+            if info.byte_count != record.sealed.byte_count:
+                raise _unlike(record.sealed, info.byte_count)
+            if info.cold:
+                raise ColdObject(f"object {record.sealed.object_key} lies in a cold class: its length is right")
         reader = self.open(record) if record.landed_on else self.store.open(record.sealed.object_key)
         try:
             if reader.size != record.sealed.byte_count or digest_of(reader) != record.sealed.sha256:
-                raise IntegrityError(
-                    f"object {record.sealed.object_key} is not what was sealed ({reader.size} bytes, {record.sealed.byte_count} expected)"
-                )
+                raise _unlike(record.sealed, reader.size)
         finally:
             reader.close()
 
@@ -340,6 +349,10 @@ def chunks_of(reader: ObjectReader) -> Iterator[bytes]:
     """Yield the whole object in pieces of a megabyte."""
     for offset in range(0, reader.size, _CHUNK):
         yield reader.read_at(offset, _CHUNK)
+
+
+def _unlike(sealed: SealedObject, byte_count: int) -> IntegrityError:
+    return IntegrityError(f"object {sealed.object_key} is not what was sealed ({byte_count} bytes, {sealed.byte_count} expected)")
 
 
 def _brought_meanwhile() -> Unavailable:
