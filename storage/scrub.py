@@ -67,6 +67,7 @@ class Scrubbed:
     """What a round found, or the rest of one."""
 
     checked: int = 0
+    """Looked for where they lie, and read if they are there."""
     byte_count: int = 0
     missing: int = 0
     damaged: int = 0
@@ -180,8 +181,10 @@ class Scrub:
             check_object(known, index=self._index, places=self._places, study_keys=self._study_keys, pace=pace)
         except ColdObject:
             found.cold += 1
+            return
         except Elsewhere:
             found.elsewhere += 1
+            return
         except LostObject:
             found.lost += 1
             return
