@@ -35,6 +35,7 @@ from dicom_node.storehouse import (
     database_file,
     folder,
     foreign_ring,
+    foreign_store,
     object_store,
     open_database,
     storage,
@@ -146,7 +147,7 @@ def _present(settings: Settings, parts: Storehouse, lock: FolderLock, replaced: 
     Start and stop are in the audit trail, of each role that is started by itself; who was killed says nothing at its end. `replaced` is
     called when another incarnation of the node turns up, and has to see that nothing more is taken in.
     """
-    if fault := foreign_ring(settings, parts.study_keys, parts.ring):
+    if fault := foreign_ring(settings, parts.study_keys, parts.ring) or foreign_store(settings, parts):
         raise StartError(fault)
     RingIdentity(database=parts.database, audit=parts.audit, ring=parts.ring).bind()
     told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}

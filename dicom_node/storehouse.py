@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_USED = ("application.started", "archive.moved", "archive.reindexed", "archive.restored")
+"""Actions that say of an audit trail that it is the trail of this store; others an operator may have caused before the first start."""
+
 
 @dataclass(frozen=True, slots=True)
 class Storehouse:
@@ -185,6 +188,43 @@ def foreign_ring(settings: Settings, study_keys: StudyKeys, ring: Ring) -> str:
     return (
         f"{settings.ring_file}: the database was written with another ring (keys {', '.join(unknown)} are missing here); "
         "copy the ring of the nodes that share it, then start again"
+    )
+
+
+def foreign_store(settings: Settings, parts: Storehouse) -> str:
+    """Return what is wrong when a database that was never used is given to a store that was; empty when all is right.
+
+    A node would take all that lies there for what crashes left. The store is asked before the database is asked again: another first node
+    enters the register before it stores anything.
+
+    Raises
+    ------
+    storage.errors.StorageError
+        Database or store cannot be asked: the first node of an archive has to see both.
+    """
+    if not _is_unused(parts):
+        return ""
+    there = next(parts.store.list_documents("keys/"), None) or next(parts.store.list(), None)
+    if there is None or not _is_unused(parts):
+        return ""
+    s3 = settings.archive.store == "s3"
+    place = f"bucket {settings.archive.bucket}" if s3 else str(settings.node.data_dir.resolve() / "objects")
+    named = "the database that database.url names" if settings.database.url else str(database_file(settings))
+    other = "an empty bucket or another archive.prefix" if s3 else "another node.data_dir"
+    return (
+        f"{named} is new, and {place} holds the objects of an archive: nothing was changed. If the name (database.url) is wrong, mend it. "
+        "If the index was lost, `dicom-node restore FOLDER` brings a backup of it here, and `dicom-node reindex` makes it anew from what "
+        f"lies there; if it is to move here, `dicom-node migrate`. After one of them the node starts. For a new archive name {other}"
+    )
+
+
+def _is_unused(parts: Storehouse) -> bool:
+    """Tell whether no node ever entered this database, and nothing was filed in it, by a restore or reindex either."""
+    return (
+        not parts.nodes.all()
+        and not parts.study_keys.counts()
+        and next(parts.index.all_objects(), None) is None
+        and not any(entry.event.action in _USED for entry in parts.audit.entries())
     )
 
 
