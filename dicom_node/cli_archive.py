@@ -45,11 +45,14 @@ def nodes(context: typer.Context, config_file: ConfigOption = None) -> None:
             ahead = " (ahead: a clock is wrong)" if one.state == "seen" and one.seen_at > now + timedelta(minutes=1) else ""
             its = lying.pop(one.node_id, Lying())
             mark = " *" if one.node_id == parts.node_id else ""
-            started = f"{one.started_at:%Y-%m-%d %H:%M:%S}"
-            rows.append((one.node_id + mark, one.host, one.version, started, seen + ahead, str(its.waiting), str(its.lost), one.data_dir))
-        rows += [(node_id, "?", "?", "?", "not registered", str(its.waiting), str(its.lost), "?") for node_id, its in lying.items()]
-        print_rows(("node", "host", "version", "started", "seen", "to bring", "lost", "data folder"), rows)
-        err.print("* this node; times are UTC; to bring: objects that lie on its disk alone yet", style="dim")
+            started, clock = f"{one.started_at:%Y-%m-%d %H:%M:%S}", f"{one.clock_ahead.total_seconds():+.1f} s"
+            rows.append(
+                (one.node_id + mark, one.host, one.version, started, seen + ahead, clock, *map(str, (its.waiting, its.lost, one.data_dir)))
+            )
+        rows += [(node_id, "?", "?", "?", "not registered", "?", str(its.waiting), str(its.lost), "?") for node_id, its in lying.items()]
+        print_rows(("node", "host", "version", "started", "seen", "clock", "to bring", "lost", "data folder"), rows)
+        told = "* this node; times are UTC; clock: against the database server's; to bring: objects that lie on its disk alone yet"
+        err.print(told, style="dim")
 
 
 @nodes_app.command("lost")

@@ -10,11 +10,13 @@ import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dicom_node.config import Settings, is_loopback
 from dicom_node.peers import Peer, Peers, merged
+from storage.database import Clock, utc_now
 from storage.errors import StorageError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class Finding:
     text: str
 
 
-def findings(settings: Settings, *, peers: bool = True) -> Iterator[Finding]:
+def findings(settings: Settings, *, peers: bool = True, clock: Clock = utc_now) -> Iterator[Finding]:
     """Look at everything the node needs, without starting it; changed is nothing but missing folders, which are made.
 
     In a bucket a document is put and removed again, and a key of the ring is tried with a secret that nothing is sealed with.
@@ -41,11 +43,14 @@ def findings(settings: Settings, *, peers: bool = True) -> Iterator[Finding]:
     ----------
     peers
         Whether to call them too.
+    clock
+        This machine's.
     """
     yield Finding("configuration", passed=True, text="every key is known and coherent")
     yield _folder(settings.node.data_dir)
     yield _space(settings)
     yield _keys(settings)
+    yield from _clock(settings, clock)
     yield from _ports(settings)
     yield _store(settings)
     yield from _audit(settings)
@@ -126,6 +131,29 @@ def _keys(settings: Settings) -> Finding:
     if want_of_room or weaknesses:
         return Finding("database", passed=False, text="; ".join([*want_of_room, *weaknesses]))
     return Finding("keys", passed=True, text=f"{path} is readable for us alone, and opens the database")
+
+
+def _clock(settings: Settings, clock: Clock) -> Iterator[Finding]:
+    """Compare `clock` with that of a database which other nodes share; `_keys` says when it cannot be asked."""
+    from dicom_node.storehouse import open_database
+    from storage.keys import Ring
+    from storage.nodes import CLOCK_OFF, clock_ahead, clock_words
+
+    if not settings.database.url or not settings.ring_file.exists():
+        return
+    try:
+        database = open_database(settings, Ring.load(settings.ring_file))
+        try:
+            with database.read() as connection:
+                ahead = timedelta(microseconds=clock_ahead(connection, clock))
+        finally:
+            database.close()
+    except StorageError:
+        return
+    if abs(ahead) > CLOCK_OFF:
+        yield Finding("clock", passed=None, text=clock_words(ahead))
+    else:
+        yield Finding("clock", passed=True, text="it agrees with the database server's")
 
 
 def _unusable(ring: Ring) -> str:

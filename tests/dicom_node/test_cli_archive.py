@@ -46,6 +46,7 @@ def test_a_node_is_declared_lost(typed: Type) -> None:
         first = Incarnation("first")
         parts.nodes.enter(node_id=LOST, incarnation=first, host="one", data_dir="/data", version="1")
         parts.nodes.leave(LOST, first)
+    assert "+0.0 s" in typed("nodes").stdout
     assert "stopped" in typed("nodes").stdout
     assert typed("nodes", "lost", "0" * 16, "--yes").exit_code == 1
     assert typed("nodes", "lost", LOST, input="n\n").exit_code == 1

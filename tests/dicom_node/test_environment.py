@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,26 @@ def test_rights_on_the_wrapping_key(tmp_path: Path) -> None:
         passed, text = told(tmp_path, toml, "keys")
         assert passed is False
         assert "allow kms:GenerateDataKey" in text
+
+
+@pytest.mark.peer
+def test_a_clock_that_is_off(tmp_path: Path, postgresql_database: Callable[..., str]) -> None:
+    """Nodes that share a database hand each other leases by their clocks: one that is off is told, in words that name the remedy."""
+    config = tmp_path / "node.toml"
+    config.write_text(
+        f'[node]\ndata_dir = "{tmp_path}/data"\n{DOORS}[database]\nurl = "{postgresql_database()}"\n'
+        '[archive]\nstore = "s3"\nbucket = "none"\nendpoint_url = "http://127.0.0.1:9"\n'
+    )
+    settings = load(config)
+    settings.ring_file.parent.mkdir(mode=0o700, parents=True)
+    Ring.create(settings.ring_file)
+
+    def clock(off: timedelta) -> tuple[bool | None, str]:
+        found = findings(settings, peers=False, clock=lambda: datetime.now(UTC) + off)
+        return next((one.passed, one.text) for one in found if one.subject == "clock")
+
+    assert clock(timedelta()) == (True, "it agrees with the database server's")
+    passed, text = clock(timedelta(hours=-1))
+    assert passed is None
+    assert "behind the database server's" in text
+    assert "NTP" in text

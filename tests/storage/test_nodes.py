@@ -10,7 +10,7 @@ from sqlalchemy import delete, update
 
 from storage.database import Database
 from storage.errors import StorageError, Unavailable
-from storage.nodes import NODES, Incarnation, Nodes, Replaced
+from storage.nodes import NODES, Incarnation, Nodes, Replaced, clock_words
 
 NODE = "00000000000000aa"
 FIRST, SECOND = Incarnation("first"), Incarnation("second", earlier=frozenset({"first"}))
@@ -114,6 +114,22 @@ def test_what_an_older_version_registered_goes_by_host_and_path(database: Databa
         Nodes(database=database, wait=lambda _: nodes.seen(**HERE)).enter(**THERE)
     database.write(lambda connection: connection.execute(update(NODES).values(incarnation=None)))
     nodes.enter(**CLONED)
+
+
+def test_how_far_a_clock_is_off_is_kept(database: Database, engine: str) -> None:
+    """Each sign of life compares it with the database server's, and returns what it found; SQLite has no clock of its own."""
+    nodes = Nodes(database=database)
+    nodes.enter(**HERE)
+    for hours in (1, -1, 0):
+        database.clock = lambda hours=hours: datetime.now(UTC) + timedelta(hours=hours)
+        ahead = nodes.seen(**HERE)
+        (node,) = nodes.all()
+        assert node.clock_ahead == ahead
+        # the server runs on this machine; time went by between our asking and its answer
+        expected = timedelta(hours=hours if engine == "postgresql" else 0)
+        assert abs(expected) - timedelta(minutes=5) < abs(ahead) <= abs(expected)
+        assert (ahead < timedelta()) == (expected < timedelta())
+    assert "59.0 s behind the database server's" in clock_words(timedelta(seconds=-59))
 
 
 @pytest.mark.parametrize("off", [timedelta(days=3650), timedelta(days=-3650)], ids=["ahead", "behind"])
