@@ -63,7 +63,7 @@ _GONE = (
 
 SEEN_EVERY_S = 5.0
 """How often a node says that it lives."""
-_WATCH_S: Final = 30.0
+_WATCH_S: Final = 20.0
 """A node that says nothing for so long is not there."""
 _LOOK_EVERY_S: Final = 5.0
 _MINUTE: Final = timedelta(minutes=1)
@@ -137,7 +137,7 @@ class Nodes:
         self._wait = wait
 
     def enter(self, *, node_id: str, incarnation: Incarnation, host: str, data_dir: str, version: str) -> None:
-        """Register a node that starts, or one more process of it. Another incarnation that may live yet is watched for 30 seconds before.
+        """Register a node that starts, or one more process of it. Another incarnation that may live yet is watched for 20 seconds before.
 
         Raises
         ------
