@@ -1,7 +1,8 @@
 """Wrapping keys that never leave a key service: AWS KMS, or what speaks its protocol. With `storage.s3` the only importer of boto3.
 
 Each call names its encryption context, ``{"dicom-node": purpose, "id": name}``: the service refuses to open what was wrapped for something
-else, and its own log (CloudTrail) says which study key was opened when. Credentials come from boto3's standard chain.
+else, and its own log (CloudTrail) says which study key was opened when. Credentials come from boto3's standard chain; those that the
+service refuses are looked up again, as somebody may have renewed them in their file.
 
 The role of the node needs ``kms:GenerateDataKey``, ``kms:Encrypt`` and ``kms:Decrypt`` on the key, nothing else.
 """
@@ -9,10 +10,11 @@ The role of the node needs ``kms:GenerateDataKey``, ``kms:Encrypt`` and ``kms:De
 from __future__ import annotations
 
 import ipaddress
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -26,7 +28,17 @@ if TYPE_CHECKING:
     from mypy_boto3_kms import KMSClient
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
+_CREDENTIALS: Final = (
+    "ExpiredTokenException",
+    "UnrecognizedClientException",
+    "InvalidClientTokenId",
+    "InvalidSignatureException",
+    "MissingAuthenticationTokenException",
+)
+_RENEW_EVERY_S: Final = 1.0
+"""Credentials that are refused are looked up again at most so often."""
 _DAMAGED: Final = ("InvalidCiphertextException", "IncorrectKeyException")
 _REMEDIES: Final[Mapping[str, str]] = {
     "AccessDeniedException": (
@@ -99,6 +111,8 @@ class KmsKey:
         self._pause_s = pause_s
         self._away: tuple[float, str] = (0.0, "")
         self._client: KMSClient | None = None
+        self._credentials: Any = None
+        self._renewed_at = float("-inf")
         self._lock = threading.Lock()
 
     @property
@@ -118,7 +132,7 @@ class KmsKey:
         if self.unwrap(self.wrap(made.secret, "trial", ""), "trial", "") != made.secret:
             raise Unavailable(f"the key service gives back other bytes than it took for {self._arn}: do not use it")
         key = KmsKey(made.arn, region=self._region, endpoint_url=self._endpoint_url)
-        key._config, key._client, key._pause_s = self._config, self._client, self._pause_s
+        key._config, key._pause_s, key._client, key._credentials = self._config, self._pause_s, self._client, self._credentials
         return key
 
     def generate(self, purpose: str, name: str) -> tuple[bytes, bytes]:
@@ -155,6 +169,12 @@ class KmsKey:
         if time.monotonic() < until:
             raise Unavailable(reason)
         try:
+            client = self._connected()
+            try:
+                return operation(client)
+            except (ClientError, NoCredentialsError, PartialCredentialsError) as error:
+                if (isinstance(error, ClientError) and _code(error) not in _CREDENTIALS) or not self._renew(client):
+                    raise
             return operation(self._connected())
         except ClientError as error:
             raise self._refused(error) from error
@@ -172,18 +192,49 @@ class KmsKey:
             ) from error
 
     def _refused(self, error: ClientError) -> StorageError:
-        code = error.response.get("Error", {}).get("Code", "")
+        code = _code(error)
         if code in _DAMAGED:
             return IntegrityError(f"the key service does not open a secret with {self._arn}: damaged, or wrapped for something else")
         return Unavailable(f"the key service for {self._arn}: {_REMEDIES.get(code, _UNKNOWN.format(code=code or 'a fault'))}")
 
     def _connected(self) -> KMSClient:
         with self._lock:
-            if self._client is None:
-                self._client = boto3.session.Session().client(
-                    "kms", region_name=self._region or None, endpoint_url=self._endpoint_url or None, config=self._config
-                )
-            return self._client
+            return self._client or self._connect(boto3.session.Session())
+
+    def _connect(self, session: boto3.session.Session) -> KMSClient:
+        self._client = session.client("kms", region_name=self._region or None, endpoint_url=self._endpoint_url or None, config=self._config)
+        self._credentials = session.get_credentials()
+        return self._client
+
+    def _renew(self, client: KMSClient) -> bool:
+        """Look the credentials up again; False when they are the same as before, or that was done just now."""
+        with self._lock:
+            if client is not self._client:
+                return True  # another thread did
+            now = time.monotonic()
+            if now - self._renewed_at < _RENEW_EVERY_S:
+                return False
+            self._renewed_at = now
+            session = boto3.session.Session()
+            found = _frozen(session.get_credentials())
+            if found is None or found == _frozen(self._credentials):
+                return False
+            self._connect(session)
+        _log.warning("key_service.credentials_renewed", extra={"key": self._arn})
+        return True
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _frozen(credentials: Any) -> Any:
+    """Return the credentials as they are now; None where there are none, or they cannot be had now."""
+    try:
+        return None if credentials is None else credentials.get_frozen_credentials()
+    except (BotoCoreError, OSError) as error:
+        _log.warning("key_service.credentials_unknown", extra={"reason": type(error).__name__})
+        return None
 
 
 def _context(purpose: str, name: str) -> dict[str, str]:

@@ -32,6 +32,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         operation = self.headers.get("X-Amz-Target", "").removeprefix("TrentService.")
         service.requests.append(operation)
+        credential = self.headers.get("Authorization", "").partition("Credential=")[2]
+        service.access_keys.append(credential.partition("/")[0])
         status, answer = service.scripted(operation)
         if status < 0:
             service.released.wait()
@@ -59,6 +61,7 @@ class KeyService:
     def __init__(self, upstream: tuple[str, int]) -> None:
         self.upstream = upstream
         self.requests: list[str] = []
+        self.access_keys: list[str] = []
         self.released = threading.Event()
         self._script: list[tuple[str, int, bytes]] = []
         self._front = self._open(0)

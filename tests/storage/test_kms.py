@@ -90,6 +90,61 @@ def test_refusals_name_the_remedy(service: KeyService, code: str, remedy: str) -
     assert len(key.unwrap(wrapped, "study key", "a")) == 32
 
 
+@pytest.mark.parametrize("code", ["ExpiredTokenException", "UnrecognizedClientException", "InvalidSignatureException"])
+def test_credentials_renewed_in_their_file(
+    service: KeyService, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is refused for its credentials is tried once more with those that the file has now; with the same ones it is not."""
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+
+    def renew(access_key: str) -> None:
+        file.write_text(f"[default]\naws_access_key_id = {access_key}\naws_secret_access_key = secret\n")
+
+    renew("first")
+    key = key_of(service.make_key(), service)
+    _, wrapped = key.generate("study key", "a")
+    key._renewed_at = float("-inf")
+    service.access_keys.clear()
+    service.refuse(code, times=1)
+    with pytest.raises(Unavailable, match=r"credentials|signature"):
+        key.unwrap(wrapped, "study key", "a")
+    assert service.access_keys == ["first"]
+    renew("second")
+    key._renewed_at = float("-inf")  # looked up a moment ago
+    service.refuse(code, times=1)
+    assert len(key.unwrap(wrapped, "study key", "a")) == 32
+    key.wrap(bytes(32), "study key", "a")
+    assert service.access_keys == ["first", "first", "second", "second"]
+    assert "secret" not in caplog.text
+    service.refuse("AccessDeniedException", times=1)
+    with pytest.raises(Unavailable, match="access is denied"):
+        key.unwrap(wrapped, "study key", "a")
+    assert len(service.access_keys) == 5
+
+
+def test_credentials_that_come_late(service: KeyService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none were found at first, the file that somebody writes then is read, by all that share the key at once."""
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    key = key_of(service.make_key(), service)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(Unavailable, match="no credentials are found"):
+        key.generate("study key", "a")
+    file.write_text("[default]\naws_access_key_id = first\naws_secret_access_key = secret\n")
+    key._renewed_at = float("-inf")
+    threads = [threading.Thread(target=key.generate, args=("study key", "a")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert service.access_keys == ["first"] * 4
+
+
 @pytest.mark.parametrize("code", ["InvalidCiphertextException", "IncorrectKeyException"])
 def test_what_means_damage(service: KeyService, code: str) -> None:
     """Only what the service says of the ciphertext itself is IntegrityError."""
