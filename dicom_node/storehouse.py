@@ -261,7 +261,9 @@ def storage(settings: Settings) -> Iterator[Storehouse]:
     """
     if not settings.database.url and not database_file(settings).exists():
         raise Unavailable(
-            f"there is no archive in {settings.node.data_dir.resolve()} yet; start the node once, or name its configuration with --config"
+            f"there is no archive in {settings.node.data_dir.resolve()} yet; name its configuration with --config, or bring an index here "
+            "(`dicom-node migrate`, `dicom-node restore FOLDER` or `dicom-node reindex`), which has to be done before any start, or, for a "
+            "new archive, start the node once"
         )
     ring = Ring.load(settings.ring_file)
     database = open_database(settings, ring)

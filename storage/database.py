@@ -229,7 +229,10 @@ class Database:
 
     def _require_head(self, revision: str | None) -> None:
         if revision is None:
-            raise Unavailable("the database holds no schema yet: start the node once, it migrates by itself")
+            raise Unavailable(
+                "the database is empty, it holds no schema yet: bring an index into it (`dicom-node migrate`, `dicom-node restore FOLDER` "
+                "or `dicom-node reindex`), which has to be done before any node starts with it; or start a first node"
+            )
         if revision == _UNFINISHED:
             raise Unavailable("the database is a copy that was not finished: repeat what made it, or delete it")
         if revision == _RETIRED:

@@ -119,3 +119,11 @@ def test_objects_alone_are_enough(settings: Settings) -> None:
         assert isinstance(parts.store, DirectoryStore)
         parts.store.path_of("ab" * 16).write_bytes(b"object")
         assert "holds the objects of an archive" in storehouse.foreign_store(settings, parts)
+
+
+def test_who_looks_at_no_archive_is_not_sent_to_start_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before `migrate`, `restore` or `reindex` these are named first: after a start none of them would fill the database."""
+    monkeypatch.setenv("DICOM_NODE_NODE__DATA_DIR", str(tmp_path / "new"))
+    told = " ".join(CliRunner().invoke(app, ["verify"]).output.split())
+    assert told.index("reindex") < told.index("start the node once")
+    assert not (tmp_path / "new" / "index.db").exists()
