@@ -33,12 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--s3", choices=("rclone", "radosgw"), default="rclone", help="the S3 service of the tests; radosgw: see make ceph")
 
 
-_LONG = ("tests/system/", "tests/faults/", "tests/interop/", "tests/dicom_node/test_threats.py")
+_LONG = ("tests/system/", "tests/faults/", "tests/dicom_node/test_threats.py", "tests/interop/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes long, most of it waiting: at the end no worker is left alone with it."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in _LONG])
 
 
 @pytest.fixture(autouse=True)
