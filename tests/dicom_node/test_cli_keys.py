@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from dicom_node import config, storehouse
+from dicom_node import config, environment, node, storehouse
 from dicom_node.cli import app
 from storage.actor import operator
+from storage.errors import Unavailable
 from storage.keys import Ring
 from storage.kms import KmsKey
 from storage.records import AuditEvent
@@ -135,3 +136,38 @@ def test_a_ring_with_one_key_twice(typed: Type, service: KeyService, tmp_path: P
     removed = typed("keys", "remove", "0" * 16)
     assert removed.exit_code == 0
     assert f"{arn} stays in use, as key {ring.primary_key_id}: do NOT delete it" in removed.stdout
+
+
+@pytest.mark.peer
+def test_two_rings_on_one_database(
+    postgresql_database: Callable[..., str], s3_bucket: Callable[[], tuple[str, str, Path]], tmp_path: Path
+) -> None:
+    """The second node on an empty database, with a ring of its own, is refused before it takes anything in; `check` says so too."""
+    url = postgresql_database()
+    endpoint, bucket, _ = s3_bucket()
+    shared = {
+        "DICOM_NODE_DATABASE__URL": url,
+        "DICOM_NODE_ARCHIVE__STORE": "s3",
+        "DICOM_NODE_ARCHIVE__BUCKET": bucket,
+        "DICOM_NODE_ARCHIVE__ENDPOINT_URL": endpoint,
+        "DICOM_NODE_ARCHIVE__REGION": "us-east-1",
+    }
+    first, second = (config.load(None, {"DICOM_NODE_NODE__DATA_DIR": str(tmp_path / name), **shared}) for name in ("first", "second"))
+    for settings in (first, second):
+        settings.ring_file.parent.mkdir(parents=True, mode=0o700)
+        Ring.create(settings.ring_file)
+    lock = node._locked_folder(second)
+    with storehouse.storage(first) as parts, node._present(first, parts, node._locked_folder(first), list):
+        assert "another ring" not in environment._keys(first).text
+        found = environment._keys(second)
+        assert (found.passed, "belongs to another ring" in found.text) == (False, True)
+        with (
+            storehouse.storage(second) as others,
+            pytest.raises(Unavailable, match="belongs to another ring"),
+            node._present(second, others, lock, list),
+        ):
+            pass
+    second.ring_file.write_bytes(first.ring_file.read_bytes())
+    with storehouse.storage(second) as others, node._present(second, others, lock, list):
+        assert [entry.event.action for entry in others.audit.entries()].count("keys.bound") == 1
+    lock.close()
