@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
-# Two more than there are cores: tests wait a third of their time, for time-outs, leases and processes that start.
-TESTERS ?= $(shell expr $$(nproc) + 2)
+# Two more than there are cores, eight at most: tests wait half of their time, for time-outs, leases and processes that start.
+TESTERS ?= $(shell cores=$$(nproc); echo $$((cores < 6 ? cores + 2 : 8)))
 
 .PHONY: help run test peers interop ceph soak radosgw check bench clean
 
