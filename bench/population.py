@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 PER_STUDY = 10
 PER_SERIES = 5
-COMMIT = 256
-"""Instances in one group commit: the most that the writer takes at once."""
+COMMIT = 64
+"""Instances in one commit. More in one savepoint cost SQLite more each: it walks its journal in memory from the beginning each time."""
 _SYLLABLES = (
     "ba",
     "be",
