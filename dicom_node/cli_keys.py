@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,26 @@ def keys_promote(key_id: KeyArgument, config_file: ConfigOption = None) -> None:
                 "`dicom-node keys rotate`."
             )
         )
+
+
+@keys_app.command("merge")
+def keys_merge(
+    file: Annotated[Path, typer.Argument(help="Another ring file.", exists=True, dir_okay=False)], config_file: ConfigOption = None
+) -> None:
+    """Take the keys of another ring file into this ring, as older ones: where keys were added on two nodes, or to a new ring."""
+    from dicom_node import storehouse
+    from storage.keys import Ring
+
+    with faults_as_sentences(), ExitStack() as stack:
+        settings = settings_of(config_file)
+        parts = None
+        if settings.database.url or storehouse.database_file(settings).exists():  # else the first start records the keys
+            parts = stack.enter_context(storehouse.storage(settings))
+            parts.audit.head()
+        new = Ring.merge(settings.ring_file, file)
+        typer.echo(f"{settings.ring_file}: {len(new)} keys taken from {file}{': ' if new else ''}{', '.join(new)}")
+        if parts is not None and new:
+            _record(parts, "keys.added", keys=new, file=str(file), primary=False)
 
 
 @keys_app.command("list")

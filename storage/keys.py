@@ -286,6 +286,32 @@ class Ring:
             _write(path, content.with_primary(key_id, content.secret(path)), replacing=True)
 
     @classmethod
+    def merge(cls, path: Path | str, other: Path | str) -> list[str]:
+        """Take the keys of another ring file that this one lacks, to open what they wrapped; primary key and secret stay as they are.
+
+        Returns
+        -------
+        list of str
+            Their ids.
+
+        Raises
+        ------
+        Unavailable
+            As :meth:`load`, of either file; or a key of the same id is another one in each. The ring is then as it was.
+        """
+        path, other = Path(path), Path(other)
+        theirs, _ = _read(other)
+        with _locked(path):
+            content, _ = _read(path)
+            for key_id in content.keys.keys() & theirs.keys.keys():
+                if content.keys[key_id].key.document() != theirs.keys[key_id].key.document():
+                    raise Unavailable(f"key {key_id} is one in {path} and another in {other}: one of the files was changed by hand")
+            new = {key_id: entry for key_id, entry in theirs.keys.items() if key_id not in content.keys}
+            if new:
+                _write(path, replace(content, keys={**new, **content.keys}), replacing=True)
+        return sorted(new)
+
+    @classmethod
     @contextmanager
     def removal(cls, path: Path | str, key_id: str) -> Iterator[Callable[[], None]]:
         """Keep others from changing the ring, and give what takes a key out of it: what that wrapped opens no more.

@@ -12,12 +12,16 @@ from typer.testing import CliRunner, Result
 from dicom_node import config, environment, node, storehouse
 from dicom_node.cli import app
 from storage.actor import operator
-from storage.errors import Unavailable
+from storage.database import Database
+from storage.errors import KeyNotHere, StorageError, Unavailable
 from storage.keys import Ring
 from storage.kms import KmsKey
 from storage.records import AuditEvent
 from storage.ring_identity import SUBJECT
+from storage.study_key import read_document
+from tests.storage.house import origin_of
 from tests.storage.key_service import KeyService, key_service, moto_server
+from tests.storage.samples import photograph
 
 Type = Callable[..., Result]
 
@@ -171,3 +175,66 @@ def test_two_rings_on_one_database(
     with storehouse.storage(second) as others, node._present(second, others, lock, list):
         assert [entry.event.action for entry in others.audit.entries()].count("keys.bound") == 1
     lock.close()
+
+
+def test_what_helps_when_a_ring_file_leaked(typed: Type, tmp_path: Path) -> None:
+    """No rotation keeps an old copy of the file from opening the embedded database; a new ring does, with the old keys until a rotation."""
+    typed("keys", "init")
+    path = prepare()
+    sample = photograph()
+    with (
+        storehouse.storage(config.load(None)) as parts,
+        parts.archive.receive(origin_of(), transfer_syntax_uid=sample.transfer_syntax_uid) as intake,
+    ):
+        intake.write(sample.data_set)
+        intake.commit()
+    leaked = tmp_path / "leaked.json"
+    path.rename(leaked)
+    former = Ring.load(leaked).primary_key_id
+    (tmp_path / "aside").mkdir()
+    for file in tmp_path.glob("index.db*"):
+        file.rename(tmp_path / "aside" / file.name)
+    assert typed("keys", "init").exit_code == 0
+    alone = typed("reindex")  # what a new ring opens by itself: nothing
+    assert (alone.exit_code, "1 without key" in alone.stdout) == (1, True)
+    for file in tmp_path.glob("index.db*"):
+        file.unlink()
+    merged = typed("keys", "merge", str(leaked))
+    assert (merged.exit_code, former in merged.stdout) == (0, True)
+    assert "0 keys taken" in typed("keys", "merge", str(leaked)).stdout
+    done = typed("reindex")
+    assert done.exit_code == 0, done.output
+    assert typed("keys", "remove", former).exit_code == 1  # rotate first
+    for words in (("rotate",), ("remove", former)):
+        assert typed("keys", *words).exit_code == 0
+    with storehouse.storage(config.load(None)) as parts:
+        with parts.archive.open(sample.sop_instance_uid) as stored:
+            assert stored.read() == sample.data_set
+        for name in parts.store.list_documents("keys/"):
+            with pytest.raises(KeyNotHere):
+                read_document(parts.store.get_document(name), Ring.load(leaked).unwrap)
+    database = Database(url=f"sqlite:///{tmp_path / 'index.db'}", key=Ring.load(leaked).database_key())
+    with pytest.raises(StorageError), database.read():
+        pass
+    database.close()
+
+
+def test_the_keys_of_two_nodes_are_brought_together(typed: Type, tmp_path: Path) -> None:
+    """Where each of two copies got a key of its own, `merge` gives both to one, recorded; a key that was changed by hand is refused."""
+    typed("keys", "init")
+    path = prepare()
+    other = tmp_path / "other.json"
+    other.touch(mode=0o600)
+    other.write_bytes(path.read_bytes())
+    theirs = Ring.add(other)
+    primary = Ring.load(path).primary_key_id
+    assert typed("keys", "merge", str(other)).exit_code == 0
+    assert {key.key_id: key.primary for key in Ring.shown(path)} == {primary: True, theirs: False}
+    assert recorded()[-1].detail == {"keys": [theirs], "file": str(other), "primary": False}
+    content = json.loads(other.read_text())
+    content["keys"][theirs]["secret"] = content["keys"][primary]["secret"]
+    other.write_text(json.dumps(content))
+    before = path.read_bytes()
+    refused = typed("keys", "merge", str(other))
+    assert (refused.exit_code, "changed by hand" in refused.output) == (1, True)
+    assert path.read_bytes() == before
