@@ -53,12 +53,12 @@ def test_a_second_start_leaves_the_counters_alone(tmp_path: Path) -> None:
     counters = tmp_path / "run" / "metrics" / "counter_1.db"
     counters.parent.mkdir(parents=True)
     counters.write_bytes(b"of the first")
-    lock = node._own(settings_of(tmp_path))
+    lock = node._locked_folder(settings_of(tmp_path))
     try:
         with pytest.raises(StartError, match="another node"):
             node.serve(settings_of(tmp_path), None)
     finally:
-        os.close(lock)
+        lock.close()
         for number, handler in handlers:
             signal.signal(number, handler)
     assert counters.read_bytes() == b"of the first"
@@ -100,10 +100,10 @@ def test_a_database_of_another_ring_is_refused(tmp_path: Path) -> None:
         document = json.loads(settings.ring_file.read_text())
         del document["keys"][known]
         settings.ring_file.write_text(json.dumps(document))
-    lock = node._own(settings)
-    with storehouse.storage(settings) as parts, pytest.raises(StartError, match=known), node._present(settings, parts, lock):
+    lock = node._locked_folder(settings)
+    with storehouse.storage(settings) as parts, pytest.raises(StartError, match=known), node._present(settings, parts, lock, pytest.fail):
         pass
-    os.close(lock)
+    lock.close()
 
 
 def test_start_and_stop_are_in_the_audit_trail(tmp_path: Path) -> None:
@@ -111,26 +111,26 @@ def test_start_and_stop_are_in_the_audit_trail(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     node._prepare(settings)
     for role in ("node", "web"):
-        lock = node._own(settings)
+        lock = node._locked_folder(settings)
         with storehouse.storage(settings) as parts:
-            with node._present(settings, parts, lock, role):
+            with node._present(settings, parts, lock, pytest.fail, role):
                 told = list(parts.audit.entries())
                 assert [entry.event.action for entry in told][-1:] == ["application.started"]
                 assert told[-1].event.detail["role"] == role
                 assert told[-1].event.detail["process"] == os.getpid()
             assert [entry.event.action for entry in parts.audit.entries()][-2:] == ["application.started", "application.stopped"]
-        os.close(lock)
+        lock.close()
 
 
 def test_roles_alone_share_a_folder_and_a_whole_node_does_not(tmp_path: Path) -> None:
     """Two roles of one node may run on a folder; a node that wants it for itself is refused, and the other way round."""
     settings = settings_of(tmp_path)
-    first, second = node._share(settings), node._share(settings)
+    first, second = (node._locked_folder(settings, shared=True) for _ in range(2))
     with pytest.raises(StartError, match="another node"):
-        node._own(settings)
-    os.close(first)
-    os.close(second)
-    alone = node._own(settings)
+        node._locked_folder(settings)
+    first.close()
+    second.close()
+    alone = node._locked_folder(settings)
     with pytest.raises(StartError, match="another node"):
-        node._share(settings)
-    os.close(alone)
+        node._locked_folder(settings, shared=True)
+    alone.close()
