@@ -402,7 +402,8 @@ def _audited(settings: Settings) -> str:
     return (
         "Audit Trail Message Format Profile (PS3.15 A.5) and Transmission Profile SYSLOG-TLS (A.6), settings of section `[audit]`; in this "
         f"configuration it is sent {here}. Messages have at most {LONGEST} octets. STRUCTURED-DATA: `[meta sequenceId]`, the number of the "
-        "record. UserIDs: our AuditSourceID, and names of peers, AE titles, addresses or `operator`, as in `dicom-node trace`. Extensions: "
+        "record. UserIDs: our AuditSourceID, and names of peers, AE titles, addresses or `operator:USER@HOST`, as in "
+        "`dicom-node trace`. Extensions: "
         "a second EventTypeCode of scheme 99DERMNODE, and a participant object of role 13 that holds the record and its hash. The Patient "
         "is told by ID, and where the index knows no patient, not at all."
     )

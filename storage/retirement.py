@@ -85,7 +85,7 @@ class Retirement:
         if lacking := sorted(key_id for key_id in self._study_keys.counts() if not self._ring.holds(key_id)):
             raise KeyNotHere(
                 f"the key ring {self._ring.path} lacks keys that study keys are wrapped by ({', '.join(lacking)}): it is not the newest of "
-                "the nodes that share this database; copy the ring that has them here first, or, where each has a key that the other lacks, "
+                "the nodes that share this database; copy the ring that has them here first, or, where each has what the other lacks, "
                 "`dicom-node keys merge FILE`, and copy this one to all"
             )
         done = 0
