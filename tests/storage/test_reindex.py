@@ -136,9 +136,10 @@ def test_damage_does_not_stop_it(house: House, houses: Build) -> None:
     house.ingest(sound)
     again = emptied(houses, house)
     objects = again.folder / "objects"
-    keys = sorted(house.objects())
-    (objects / keys[0][:2] / keys[0]).write_bytes(b"rotten")
-    name = next(iter(house.store.list_documents("keys/")))
+    keys = house.objects()
+    rotten = house.index.find(sound.sop_instance_uid).sealed
+    (objects / rotten.object_key[:2] / rotten.object_key).write_bytes(b"rotten")
+    name = next(name for name in house.store.list_documents("keys/") if not name.endswith(rotten.key_id))  # whose objects are whole
     (objects / name).write_bytes(b"rotten")
     found = again.archive.reindex().run()
     assert found.unreadable == 2
