@@ -15,7 +15,7 @@ from sqlalchemy import Connection, event, select, text
 
 from storage.audit import AuditTrail
 from storage.copying import copy_database, move_database
-from storage.database import METADATA, Database
+from storage.database import HEAD, METADATA, Database
 from storage.errors import IntegrityError, Unavailable
 from storage.index import Index
 from storage.records import AuditEvent, JobKind, NewJob
@@ -202,4 +202,4 @@ def killed_and_repeated(database: Database, place: str, target: Database, target
     target.migrate()
     assert content(target) == content(database)
     with target.read() as connection:
-        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0004"
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == HEAD
