@@ -225,7 +225,12 @@ def test_urls_that_hold_no_durable_database_are_refused(url: str) -> None:
 def test_an_empty_database_and_another_schema_are_named(database: Database, place: str) -> None:
     """A database of a newer or older version says what to do, to who opens it and to who had it open when it was changed."""
     rows(database)
-    for number, remedy in (("9999", "newer version"), ("0000", "older schema"), (f"unfinished-{HEAD}", "finished"), (f"retired-{HEAD}", "moved")):
+    for number, remedy in (
+        ("9999", "newer version"),
+        ("0000", "older schema"),
+        (f"unfinished-{HEAD}", "finished"),
+        (f"retired-{HEAD}", "moved"),
+    ):
         with database._backend.writer.connect() as connection:
             connection.execute(text("UPDATE alembic_version SET version_num = :number"), {"number": number})
         with pytest.raises(Unavailable, match=remedy):
