@@ -127,6 +127,8 @@ def keys_list(config_file: ConfigOption = None) -> None:
         except Unavailable as error:
             err.print(Text(runnable(f"how many study keys each wraps is not known: {error}"), style="dim"))
             counts = None
+        shown = Ring.shown(settings.ring_file)
+        lacking = sorted((counts or {}).keys() - {key.key_id for key in shown})
         print_rows(
             ("key", "made", "use", "wraps", "where"),
             [
@@ -137,8 +139,9 @@ def keys_list(config_file: ConfigOption = None) -> None:
                     "?" if counts is None else f"{counts.get(key.key_id, 0)} study keys",
                     key.place or "ring file",
                 )
-                for key in Ring.shown(settings.ring_file)
-            ],
+                for key in shown
+            ]
+            + [(key_id, "?", "of another node", f"{(counts or {})[key_id]} study keys", "NOT in this ring") for key_id in lacking],
         )
 
 

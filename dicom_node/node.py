@@ -149,11 +149,14 @@ def _present(settings: Settings, parts: Storehouse, lock: FolderLock, replaced: 
     """
     if fault := foreign_ring(settings, parts.study_keys, parts.ring) or foreign_store(settings, parts):
         raise StartError(fault)
-    RingIdentity(database=parts.database, audit=parts.audit, ring=parts.ring).bind()
+    identity = RingIdentity(database=parts.database, audit=parts.audit, ring=parts.ring)
+    if fault := identity.fault():
+        raise StartError(fault)
     told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}
     parts.nodes.enter(node_id=parts.node_id, incarnation=lock.incarnation, **told)
     process = {"node": parts.node_id, "role": role, "version": told["version"], "process": os.getpid()}
     parts.audit.record(AuditEvent("application.started", "success", "node", detail=process))
+    identity.bind()
     gone = threading.Event()
 
     def say() -> None:

@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 
 from dicom_node import config, environment, node, storehouse
 from dicom_node.cli import app
+from dicom_node.errors import StartError
 from storage.actor import operator
 from storage.database import Database
-from storage.errors import KeyNotHere, StorageError, Unavailable
+from storage.errors import KeyNotHere, StorageError
 from storage.keys import Ring
 from storage.kms import KmsKey
 from storage.records import AuditEvent
@@ -167,7 +168,7 @@ def test_two_rings_on_one_database(
         assert (found.passed, "belongs to another ring" in found.text) == (False, True)
         with (
             storehouse.storage(second) as others,
-            pytest.raises(Unavailable, match="belongs to another ring"),
+            pytest.raises(StartError, match="belongs to another ring"),
             node._present(second, others, lock, list),
         ):
             pass
@@ -238,3 +239,18 @@ def test_the_keys_of_two_nodes_are_brought_together(typed: Type, tmp_path: Path)
     refused = typed("keys", "merge", str(other))
     assert (refused.exit_code, "changed by hand" in refused.output) == (1, True)
     assert path.read_bytes() == before
+
+
+def test_the_list_shows_what_this_ring_lacks(typed: Type) -> None:
+    """Study keys that another node's key wraps are counted too: its ring is to be copied before anything is removed."""
+    typed("keys", "init")
+    path = prepare()
+    before = path.read_bytes()
+    theirs = Ring.add(path)
+    with storehouse.storage(config.load(None)) as parts:
+        key = parts.study_keys.current("2.25.7")
+        parts.database.write(lambda connection: parts.study_keys.store_in(connection, key))
+    path.write_bytes(before)
+    (line,) = (line for line in typed("keys", "list").stdout.splitlines() if theirs in line)
+    assert "1 study keys" in line
+    assert "NOT in this ring" in line

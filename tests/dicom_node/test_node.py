@@ -114,11 +114,12 @@ def test_start_and_stop_are_in_the_audit_trail(tmp_path: Path) -> None:
         lock = node._locked_folder(settings)
         with storehouse.storage(settings) as parts:
             with node._present(settings, parts, lock, pytest.fail, role):
-                told = list(parts.audit.entries())
+                told = [entry for entry in parts.audit.entries() if entry.event.action != "keys.bound"]  # of the first start alone
                 assert [entry.event.action for entry in told][-1:] == ["application.started"]
                 assert told[-1].event.detail["role"] == role
                 assert told[-1].event.detail["process"] == os.getpid()
-            assert [entry.event.action for entry in parts.audit.entries()][-2:] == ["application.started", "application.stopped"]
+            actions = [entry.event.action for entry in parts.audit.entries() if entry.event.action != "keys.bound"]
+            assert actions[-2:] == ["application.started", "application.stopped"]
         lock.close()
 
 
