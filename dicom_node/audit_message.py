@@ -150,6 +150,7 @@ KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
         "peer.added": _Kind(ALERT, "E", _NETWORK_CONFIGURATION),
         "peer.removed": _Kind(ALERT, "E", _NETWORK_CONFIGURATION),
         "keys.added": _Kind(ALERT, "E", _SECURITY_CONFIGURATION),
+        "keys.bound": _Kind(ALERT, "E", _SECURITY_CONFIGURATION),
         "keys.promoted": _Kind(ALERT, "E", _SECURITY_CONFIGURATION),
         "keys.rotated": _Kind(ALERT, "E", _SECURITY_CONFIGURATION),
         "keys.removed": _Kind(ALERT, "E", _SECURITY_CONFIGURATION),
