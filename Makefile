@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
-# Two more than there are cores, eight at most: tests wait half of their time, for time-outs, leases and processes that start.
-TESTERS ?= $(shell cores=$$(nproc); echo $$((cores < 6 ? cores + 2 : 8)))
 
 .PHONY: help run test peers interop ceph soak radosgw check bench clean
 
@@ -29,7 +27,7 @@ run: $(VENV)/runtime  ## start the node with the embedded defaults
 	@exec $(BIN)/dicom-node serve
 
 test: $(VENV)/development  ## everything that needs no system package
-	$(BIN)/pytest -n $(TESTERS) --dist worksteal -m 'not peer'
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not peer'
 
 peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL, rsyslog and the like (needs root)
 	apt-get update -qq
@@ -41,7 +39,7 @@ peers:  ## install DCMTK, dicom3tools, Orthanc, PostgreSQL, rsyslog and the like
 	@service postgresql stop >/dev/null 2>&1 || true
 
 interop: $(VENV)/development  ## tests against the peers
-	$(BIN)/pytest -n $(TESTERS) --dist worksteal -m peer
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m peer
 
 ceph:  ## install what make radosgw runs: a monitor, an OSD and a gateway of Ceph (needs root)
 	apt-get update -qq
