@@ -110,8 +110,8 @@ def test_a_rotation_in_the_key_service(typed: Type, service: KeyService, monkeyp
     assert typed("keys", "init").exit_code == 0
     path = prepare()
     before = path.read_bytes()
-    service.make_alias("node", arn)
-    for same in (arn, "alias/node"):
+    service.make_alias("ring", arn)
+    for same in (arn, "alias/ring"):
         monkeypatch.setenv("DICOM_NODE_KEYS__KMS_KEY_ID", same)
         monkeypatch.setenv("DICOM_NODE_KEYS__KMS_REGION", "eu-central-1")
         refused = typed("keys", "add")
