@@ -631,6 +631,8 @@ CATALOGUE: Final[tuple[Fault, ...]] = (
             _NODE + "test_a_second_node_on_the_same_folder_is_refused",
             "tests/dicom_node/test_node.py::test_roles_alone_share_a_folder_and_a_whole_node_does_not",
             "tests/dicom_node/test_node.py::test_a_database_of_another_ring_is_refused",
+            "tests/system/test_many_nodes.py::test_a_clone_with_the_same_host_and_path_is_refused",
+            "tests/system/test_many_nodes.py::test_a_node_that_was_replaced_ends_at_once",
             _ARCHIVE + "test_sweep_spares_the_living",
         ),
         _CHECKER + "test_a_doctored_state_is_caught",
