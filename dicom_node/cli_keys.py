@@ -170,6 +170,7 @@ def keys_remove(key_id: KeyArgument, config_file: ConfigOption = None) -> None:
     from storage.retirement import Retirement
 
     with faults_as_sentences(), storehouse.storage(settings_of(config_file)) as parts:
+        parts.audit.head()  # what cannot be recorded is not begun
         gone = _one(parts.ring.path, key_id)
         retirement = Retirement(
             database=parts.database,

@@ -82,6 +82,8 @@ class FolderLock:
 
     def _begin(self) -> None:
         """Write down a new incarnation, before those that were."""
+        for left in self._file.parent.glob(".incarnation.*"):  # of a start that was killed
+            left.unlink(missing_ok=True)
         lines = [f"{secrets.token_hex(8)} {self._place}", *(" ".join(one) for one in self._known())][:_KEPT]
         fresh = self._file.with_name(f".incarnation.{secrets.token_hex(8)}")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -100,7 +102,14 @@ class FolderLock:
         return [(words[0], words[1]) for line in lines if len(words := line.split()) == 2]
 
     def _read(self) -> Incarnation:
-        (current, _), *before = self._known()
+        known = self._known()
+        if not known:
+            folder = self._file.parent.parent
+            raise StartError(
+                f"a role of an older version of the node uses {folder}, or the file {self._file} was removed while a role ran: "
+                "stop all roles of this folder, then start them again"
+            )
+        (current, _), *before = known
         ended = frozenset(number for number, place in before if place == self._place)
         return Incarnation(current, ended=ended, earlier=frozenset(number for number, _ in before))
 

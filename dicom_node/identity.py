@@ -78,6 +78,8 @@ class Principal:
     """Of the token."""
     expires_at: datetime | None = None
     """When the token ends; None: the identity has no end."""
+    token_id: str = ""
+    """Of a token that counts only once."""
 
 
 class IdentityRefused(Exception):
@@ -194,6 +196,8 @@ class Identities:
         try:
             self._identified(principal, address)
         except StorageError as error:
+            if principal.token_id and self._tokens is not None:
+                self._tokens.give_back(principal.issuer, principal.token_id)
             raise IdentityRefused(f"the login cannot be recorded: {error}", "it may try again", retry_after_s=_QUEUE_S) from error
         return principal
 
@@ -258,7 +262,7 @@ class Identities:
             raise IdentityRefused(
                 str(error), "get a fresh token from the issuer; compare issuer, audience and key with [[identities.keys]]"
             ) from error
-        return Principal(claims.name, TOKEN, claims.issuer, claims.expires_at)
+        return Principal(claims.name, TOKEN, claims.issuer, claims.expires_at, claims.token_id)
 
     def _heard(self, throttle: Throttle, key: object) -> None:
         wait_s = throttle.wait_s(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import secrets
@@ -152,11 +153,11 @@ def _present(settings: Settings, parts: Storehouse, lock: FolderLock, replaced: 
     identity = RingIdentity(database=parts.database, audit=parts.audit, ring=parts.ring)
     if fault := identity.fault():
         raise StartError(fault)
+    identity.bind()  # before the register: of two first nodes with a ring each, one never was there
     told = {"host": socket.gethostname(), "data_dir": str(settings.node.data_dir.resolve()), "version": version("dicom-node")}
     parts.nodes.enter(node_id=parts.node_id, incarnation=lock.incarnation, **told)
     process = {"node": parts.node_id, "role": role, "version": told["version"], "process": os.getpid()}
     parts.audit.record(AuditEvent("application.started", "success", "node", detail=process))
-    identity.bind()
     gone = threading.Event()
 
     def say() -> None:
@@ -236,7 +237,8 @@ def _locked_folder(settings: Settings, *, shared: bool = False) -> FolderLock:
         folder(data_dir)
         return FolderLock(folder(data_dir / "run"), shared=shared)
     except OSError as error:
-        raise StartError(f"node.data_dir: {data_dir} cannot be used ({error.strerror}); name a folder this user may write") from error
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name a folder this user may write"
+        raise StartError(f"node.data_dir: {data_dir} cannot be used ({error.strerror}); {remedy}") from error
 
 
 def _roles(settings: Settings) -> list[str]:

@@ -74,6 +74,8 @@ class Claims:
     name: str
     issuer: str
     expires_at: datetime
+    token_id: str = ""
+    """Its ``jti``, where tokens count only once."""
 
 
 class Tokens:
@@ -142,9 +144,13 @@ class Tokens:
         name = claims.get(key.name_claim)
         if not isinstance(name, str) or not 0 < len(name) <= _NAME or not name.isprintable():
             raise TokenRefused("the token names no user")
-        if self._once:
-            self._use(key.issuer, claims.get("jti"), expires)
-        return Claims(name, key.issuer, datetime.fromtimestamp(expires, UTC))
+        token_id = self._use(key.issuer, claims.get("jti"), expires) if self._once else ""
+        return Claims(name, key.issuer, datetime.fromtimestamp(expires, UTC), token_id)
+
+    def give_back(self, issuer: str, token_id: str) -> None:
+        """Let a token count again whose use came to nothing."""
+        with self._lock:
+            self._seen.pop((issuer, token_id), None)
 
     def _key_of(self, header: dict[str, Any]) -> tuple[TokenKey, PublicKey | bytes]:
         kid = header.get("kid")
@@ -155,7 +161,7 @@ class Tokens:
             raise TokenRefused("the token's key is not known")
         return found
 
-    def _use(self, issuer: str, jti: object, expires: float) -> None:
+    def _use(self, issuer: str, jti: object, expires: float) -> str:
         if not isinstance(jti, str) or not 0 < len(jti) <= _NAME:
             raise TokenRefused("the token has no identifier (jti), and tokens count only once")
         now = time.time()
@@ -167,6 +173,7 @@ class Tokens:
             if len(self._seen) >= _REMEMBERED:
                 raise TokenRefused("too many tokens are remembered as used")
             self._seen[issuer, jti] = expires
+        return jti
 
 
 def _header(token: bytes) -> dict[str, Any]:

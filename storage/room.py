@@ -84,8 +84,11 @@ def _try(connection: Connection) -> None:
 def _extend(connection: Connection) -> None:
     """Have PostgreSQL make new pages: of a temporary table, which no log and no other session knows, on the disk of the database itself.
 
-    What a full disk left of the last try is truncated first: its pages would be room.
+    What a full disk left of the last try is truncated first: its pages would be room. A user who may make no such table tries nothing: the
+    node works without that right.
     """
+    if not connection.exec_driver_sql("SELECT has_database_privilege(current_database(), 'TEMPORARY')").scalar_one():
+        return
     connection.exec_driver_sql("SELECT set_config('temp_tablespaces', '', true)")  # for this transaction
     connection.exec_driver_sql("CREATE TEMPORARY TABLE IF NOT EXISTS dicom_node_room (filler text)")
     connection.exec_driver_sql("TRUNCATE pg_temp.dicom_node_room")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -148,7 +149,7 @@ class S3Client:
     Raises
     ------
     Unavailable
-        `ca_file` is missing.
+        `ca_file` is missing, or holds no certificates.
     """
 
     def __init__(
@@ -166,6 +167,14 @@ class S3Client:
     ) -> None:
         if ca_file is not None and not ca_file.is_file():
             raise Unavailable(f"the file of trusted certificates {ca_file} of the object store is missing; correct [archive] ca_file")
+        if ca_file is not None:
+            try:
+                ssl.create_default_context(cafile=ca_file)
+            except OSError as error:
+                raise Unavailable(
+                    f"the file of trusted certificates {ca_file} of the object store cannot be used ({error.strerror or error}): it holds "
+                    "certificates in PEM form, and this user may read it; correct [archive] ca_file"
+                ) from error
         self.bucket = bucket
         self.attempts = attempts
         self._sleep = sleep

@@ -13,7 +13,8 @@ from datetime import datetime
 from typing import Any, Final
 
 _ALGORITHM: Final = "AWS4-HMAC-SHA256"
-_NOT_SIGNED: Final = frozenset({"user-agent", "expect", "transfer-encoding"})
+_NOT_SIGNED: Final = frozenset({"accept-encoding", "expect", "transfer-encoding", "user-agent"})
+"""Headers that a front end may change on the way; botocore does not sign them either, or adds them afterwards."""
 
 
 class Signer:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError, ResponseStreamingError
-from botocore.httpsession import get_cert_path
+from botocore.httpsession import create_urllib3_context, get_cert_path
 
 from storage.s3_connection import Answer, Connections
 from storage.s3_signature import Signer
@@ -186,7 +186,12 @@ def _connections(client: Any, base: str) -> Connections | None:
         authorities = get_cert_path(session._verify)  # noqa: SLF001
         if not authorities:
             return None
-        tls = ssl.create_default_context(cafile=authorities)
+        try:
+            tls = create_urllib3_context()
+            tls.load_verify_locations(cafile=authorities)
+        except OSError:
+            return None  # the client says at its first request what is wrong with the file
+        tls.verify_mode, tls.check_hostname = ssl.CERT_REQUIRED, True
     return Connections(
         endpoint_url=base,
         host=where.hostname,

@@ -35,6 +35,24 @@ def test_who_shares_the_lock_shares_the_incarnation(tmp_path: Path) -> None:
             lock(tmp_path)
 
 
+def test_a_role_beside_one_of_an_older_version(tmp_path: Path) -> None:
+    """Who holds the lock knew no incarnations yet, or the file was removed: said in a sentence, and good again when all have ended."""
+    with closing(lock(tmp_path, shared=True)):
+        (tmp_path / "incarnation").unlink()
+        with pytest.raises(StartError, match="stop all roles of this folder, then start them again"):
+            lock(tmp_path, shared=True)
+    with closing(lock(tmp_path, shared=True)) as last:
+        assert last.incarnation.id
+
+
+def test_what_killed_starts_left_is_removed(tmp_path: Path) -> None:
+    """A start that is killed while it writes leaves a file; the next removes it."""
+    left = tmp_path / ".incarnation.0123456789abcdef"
+    left.touch()
+    with closing(lock(tmp_path)):
+        assert not left.exists()
+
+
 def test_roles_that_start_together_agree(tmp_path: Path) -> None:
     """Eight take the lock at once, again and again: none is refused, and all that hold it together have one incarnation."""
     for _ in range(10):

@@ -126,6 +126,21 @@ def test_who_cannot_be_recorded_is_kept_out_for_now(clock: Clock) -> None:
     assert "the disk of the data directory is full" in refusal.reason
 
 
+def test_a_token_that_counts_once_counts_after_a_failed_record(clock: Clock, issuer: Issuer) -> None:
+    """The trail was away for a moment: the token that was refused for that is good at the next try, and at no third."""
+    away = [True, False]
+
+    def identified(_principal: Principal, _address: str) -> None:
+        if away.pop(0):
+            raise Unavailable("the disk of the data directory is full: free some space; senders will try again")
+
+    identities = Identities([], tokens=Tokens(issuer.keys, once=True), clock=clock, identified=identified)
+    token = issuer.token(jti="a")
+    assert "cannot be recorded" in refused(identities, token, b"", kind=TOKEN).reason
+    assert identities.verify(token, b"", TOKEN, HOME).name
+    assert "used before" in refused(identities, token, b"", kind=TOKEN).reason
+
+
 def test_unknown_user_and_wrong_passcode_cannot_be_told_apart(identities: Identities, hashing: Hashing) -> None:
     """Unknown user, wrong passcode, a user without one, an empty or endless one: same words, and a hash of the same cost each (row 12)."""
     answers = [

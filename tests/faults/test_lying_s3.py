@@ -364,8 +364,8 @@ def test_bytes_that_come_too_slowly(s3: LyingS3, landed: Landed) -> None:
         store = store_of(s3, endpoint_url=f"http://127.0.0.1:{proxy.port}", deadline_s=1, minimum_bytes_per_s=1 << 30, read_timeout_s=5)
         path, sealed = landed(bytes(4 * MEBIBYTE))
         store.put(sealed.object_key, path, sealed)
+        proxy.bytes_per_s = 300_000  # before anything is asked for: megabytes fit into what the kernel holds
         reader = store.open(sealed.object_key)
-        proxy.bytes_per_s = 300_000
         with pytest.raises(Unavailable, match="too slowly"):
             reader.read_at(0, 3 * MEBIBYTE)
         reader.close()
