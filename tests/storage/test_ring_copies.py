@@ -137,6 +137,20 @@ def test_a_node_behind_goes_on_taking_in(nodes: Callable[[], tuple[House, House]
         assert first.read(sample.sop_instance_uid) == sample.data_set
 
 
+def test_a_document_that_is_there_needs_no_key(nodes: Callable[[], tuple[House, House]]) -> None:
+    """The Mover of a node behind asks for the key's document before each object: one that the row vouches for is not put, nor opened."""
+    first, second = nodes()
+    ahead(first)
+    sample = photograph()
+    first.ingest(sample)
+    key_id = first.index.find(sample.sop_instance_uid).sealed.key_id
+
+    def never(*_: object) -> None:
+        pytest.fail("the document was touched")
+
+    second.study_keys.publish(key_id, put_document=never, delete_document=never)
+
+
 def test_care_by_a_node_behind(nodes: Callable[[], tuple[House, House]]) -> None:
     """Scrub, check and sweep by a node that lacks a key: what they cannot open they count and leave, and look at all the rest."""
     first, second = nodes()
