@@ -228,24 +228,26 @@ class Quarantine:
     def follow_marks(self) -> int:
         """Take up what an operator decided after the backup that this database was restored from; return how many decisions.
 
-        An archived object with a mark, and the audit trail does not say that it was accepted: it was set aside since. The one object of
-        its UID that is in quarantine without a mark was accepted in its stead, and is so again.
+        An archived object with a mark, and the audit trail does not say that it was accepted after that: it was set aside since. The one
+        object of its UID that is in quarantine without a mark, and had come by then, was accepted in its stead, and is so again. What came
+        later nobody decided about.
         """
-        marked = Marks(self._places.store).object_keys
-        unmarked: dict[str, list[QuarantinedInstance]] = {}
-        for one in self._index.quarantined() if marked else ():
-            if not one.record.landed_on and one.record.sealed.object_key not in marked:
-                unmarked.setdefault(one.record.summary.sop_instance_uid, []).append(one)
+        marks = Marks(self._places.store)
+        aside = self._index.quarantined() if marks.object_keys else []
+        unmarked = {one.id: one.record.summary.sop_instance_uid for one in aside if self._may_be_decided(one, marks.object_keys)}
         followed = 0
-        for uid, (one, *more) in unmarked.items():
+        for uid in sorted(set(unmarked.values())):
             with self._database.read() as connection:
                 archived = self._index.find_in(connection, uid)
-            if more or archived is None or archived.sealed.object_key not in marked or self._was_accepted(archived):
-                continue  # of several nobody can say which: an operator decides again
+            mark = None if archived is None else self._mark_of(archived, marks)
+            if archived is None or mark is None or self._was_accepted(archived, mark):
+                continue
+            seen = frozenset(unmarked)
+            work = partial(self._follow_in, archived=archived, mark=mark, marked=marks.object_keys, seen=seen)
             try:
-                followed += self._database.write(partial(self._follow_in, one=one, archived=archived))
+                followed += self._database.write(work)
             except ConflictingInstance as error:
-                _log.warning("quarantine.not_followed", extra={"object_key": one.record.sealed.object_key, "reason": str(error)})
+                _log.warning("quarantine.not_followed", extra={"object_key": archived.sealed.object_key, "reason": str(error)})
         return followed
 
     # -- the transactions --------------------------------------------------------------------------------------------------------
@@ -291,14 +293,27 @@ class Quarantine:
         self._audit.append(connection, event)
         return record
 
-    def _follow_in(self, connection: Connection, *, one: QuarantinedInstance, archived: InstanceRecord) -> int:
-        """Accept what was accepted after the backup, unless something changed meanwhile."""
-        found = self._index.quarantined_in(connection, quarantine_id=one.id)
-        known = self._index.find_in(connection, archived.summary.sop_instance_uid)
-        if not found or found[0].record != one.record or known is None or known.sealed != archived.sealed:
+    def _follow_in(
+        self, connection: Connection, *, archived: InstanceRecord, mark: Mark, marked: frozenset[str], seen: frozenset[int]
+    ) -> int:
+        """Accept what was accepted after the backup, if that can be said of one and nothing changed meanwhile."""
+        uid = archived.summary.sop_instance_uid
+        known = self._index.find_in(connection, uid)
+        if known is None or known.sealed != archived.sealed:
             return 0
-        self._accept_in(connection, quarantine_id=one.id, actor="node", reason=_FOLLOWED)
+        decided = [
+            one
+            for one in self._index.quarantined_in(connection, sop_instance_uid=uid)
+            if self._may_be_decided(one, marked) and one.record.origin.received_at <= mark.quarantined_at
+        ]
+        if len(decided) != 1 or decided[0].id not in seen:
+            return 0  # of several nobody can say which, and one that was set aside meanwhile was decided about: an operator decides again
+        self._accept_in(connection, quarantine_id=decided[0].id, actor="node", reason=_FOLLOWED)
         return 1
+
+    @staticmethod
+    def _may_be_decided(one: QuarantinedInstance, marked: frozenset[str]) -> bool:
+        return not one.record.landed_on and one.record.sealed.object_key not in marked
 
     @staticmethod
     def _is_lost_in(connection: Connection, record: InstanceRecord) -> bool:
@@ -322,7 +337,11 @@ class Quarantine:
             return not self._is_there(object_key)
         if object_key in {one.record.sealed.object_key for one in kept}:
             return False
-        if self._was_accepted(record):
+        try:
+            mark = read_mark(self._places.store, object_key)
+        except IntegrityError:
+            mark = None  # it does not say when: the audit trail alone does
+        if self._was_accepted(record, mark):
             return True
         _log.warning("quarantine.mark_contradicts", extra={"object_key": object_key})  # the database is older than the mark
         return False
@@ -334,9 +353,22 @@ class Quarantine:
             return False
         return True
 
-    def _was_accepted(self, record: InstanceRecord) -> bool:
-        """Ask the audit trail whether an archived object came out of the quarantine."""
-        return any(
-            entry.event.action == "quarantine.accepted" and entry.event.detail.get("object_key") == record.sealed.object_key
-            for entry in self._audit.events_of(record.summary.sop_instance_uid)
-        )
+    def _mark_of(self, record: InstanceRecord, marks: Marks) -> Mark | None:
+        """Return an archived object's mark; None too when it is damaged, as it does not say since when then."""
+        try:
+            return marks.of(record.sealed.object_key)
+        except IntegrityError as error:
+            _log.warning("quarantine.not_followed", extra={"object_key": record.sealed.object_key, "reason": str(error)})
+            return None
+
+    def _was_accepted(self, record: InstanceRecord, mark: Mark | None) -> bool:
+        """Ask the audit trail whether an archived object came out of the quarantine after its mark was made (ever, if None).
+
+        What is recorded behind a record of the mark's time came later, also where another node's clock said an earlier time.
+        """
+        later = mark is None
+        for entry in self._audit.events_of(record.summary.sop_instance_uid):
+            later = later or mark is None or entry.at >= mark.quarantined_at
+            if later and entry.event.action == "quarantine.accepted" and entry.event.detail.get("object_key") == record.sealed.object_key:
+                return True
+        return False

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from storage.backup import back_up, restore
+from storage.database import utc_now
 from storage.errors import ConflictingInstance, InstanceNotFound, IntegrityError, StorageError
 from storage.quarantine import mark_name, read_mark
 from storage.records import JobKind, JobState
@@ -219,3 +220,105 @@ def test_an_older_database_leaves_the_mark_until_the_object_is_found(houses: Bui
     assert older.index.reports_of(first.sop_instance_uid) == house.index.reports_of(first.sop_instance_uid) != []
     assert older.read(made) == house.read(made)
     assert older.archive.quarantine().synchronise_marks() == 0
+
+
+def restored_to(houses: Build, house: House) -> House:
+    """Return a house over the same store whose database was restored from the backup."""
+    house.folder.with_name("older").mkdir()
+    shutil.copy(house.ring.path, house.folder.with_name("older") / "keys.json")
+    older = houses("older", store=house.store)
+    parts = {"index": older.index, "queue": older.queue, "store": older.store, "ring": older.ring}
+    restore(house.folder.with_name("backup"), database=older.database, **parts)  # type: ignore[arg-type]
+    return older
+
+
+def keep_backup(house: House) -> None:
+    """Back up what is here now."""
+    back_up(house.folder.with_name("backup"), database=house.database, index=house.index, store=house.store, ring=house.ring)
+
+
+def accept_other(house: House, *, reason: str = "the operator's choice") -> None:
+    """Accept the one instance that is in quarantine."""
+    (one,) = house.index.quarantined()
+    house.archive.quarantine().accept(one.id, actor="operator", reason=reason)
+
+
+def test_a_newcomer_is_not_taken_for_the_accepted_one(houses: Build, house: House) -> None:
+    """The accepted one has no row yet when a third arrives: that stays aside, and the decision is followed when the second is found."""
+    first = photograph()
+    house.ingest(first)
+    keep_backup(house)
+    second, third = (
+        photograph(sop=first.sop_instance_uid, study=first.study_instance_uid, series=first.series_instance_uid) for _ in range(2)
+    )
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    accept_other(house)
+    older = restored_to(houses, house)
+    with pytest.raises(ConflictingInstance):
+        older.ingest(third)
+    older.archive.quarantine().synchronise_marks()
+    assert older.read(first.sop_instance_uid) == first.data_set
+    assert "quarantine.accepted" not in older.actions()
+    with pytest.raises(ConflictingInstance):
+        older.ingest(photograph(sop=first.sop_instance_uid, study=first.study_instance_uid, series=first.series_instance_uid))
+    older.archive.orphans().sweep(grace=timedelta(minutes=-1))
+    assert older.read(first.sop_instance_uid) == second.data_set
+    assert len(older.index.quarantined()) == 3
+
+
+def test_an_older_database_follows_the_last_of_several_decisions(houses: Build, house: House) -> None:
+    """The second, the first again, a backup, the second again: what was accepted before the backup does not hide the last decision."""
+    first, second = in_conflict(house)
+    accept_other(house)
+    accept_other(house)
+    keep_backup(house)
+    accept_other(house)
+    marks = list(house.store.list_documents("quarantine/"))
+    older = restored_to(houses, house)
+    assert older.read(first.sop_instance_uid) == first.data_set
+    older.archive.quarantine().synchronise_marks()
+    assert older.read(first.sop_instance_uid) == second.data_set
+    assert list(older.store.list_documents("quarantine/")) == marks
+
+
+def test_an_older_acceptance_does_not_take_a_true_mark_away(houses: Build, house: House) -> None:
+    """As before, but the accepted one lies in the quarantine of nobody yet: the mark waits for it."""
+    first, second = in_conflict(house)
+    accept_other(house)
+    accept_other(house)
+    house.archive.quarantine().drop(house.index.quarantined()[0].id, actor="operator", reason="comes again")
+    keep_backup(house)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    accept_other(house)
+    marks = list(house.store.list_documents("quarantine/"))
+    older = restored_to(houses, house)
+    assert older.archive.quarantine().synchronise_marks() == 0
+    assert list(older.store.list_documents("quarantine/")) == marks
+    older.archive.orphans().sweep(grace=timedelta(minutes=-1))
+    assert older.read(first.sop_instance_uid) == second.data_set
+
+
+def test_a_damaged_mark_is_not_followed(houses: Build, house: House) -> None:
+    """It does not say since when: nothing is accepted by it, and the rest is done."""
+    first, _ = in_conflict(house)
+    keep_backup(house)
+    accept_other(house)
+    (mark,) = house.store.list_documents("quarantine/")
+    house.store.put_document(mark, b"{}")
+    older = restored_to(houses, house)
+    assert older.archive.quarantine().synchronise_marks() == 1  # that of the other one is written
+    assert older.read(first.sop_instance_uid) == first.data_set
+    assert len(list(older.store.list_documents("quarantine/"))) == 2
+
+
+def test_an_acceptance_by_an_earlier_clock_ends_the_mark(houses: Build, house: House) -> None:
+    """The node that accepts the first again has a clock an hour behind: it was decided later all the same, and stays so."""
+    first, _ = in_conflict(house)
+    accept_other(house)
+    house.database.clock = lambda: utc_now() - timedelta(hours=1)  # type: ignore[misc]
+    accept_other(house)
+    assert house.read(first.sop_instance_uid) == first.data_set
+    assert house.archive.quarantine().synchronise_marks() == 0
+    assert house.actions().count("quarantine.accepted") == 2
