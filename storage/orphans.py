@@ -338,7 +338,7 @@ class Orphans:
         whole = known is None or known.summary.sha256 != record.summary.sha256 or self._whole(known, orphan)
         if whole is None:
             return "waiting"
-        if heard.report is not None and known is None and not restored and self._analysis_waits(heard.report):
+        if orphan.mark is None and heard.report is not None and known is None and not restored and self._analysis_waits(heard.report):
             self._delete(orphan.object_key, in_spool=orphan.in_spool)
             return "deleted"
         fate = self._database.write(
@@ -386,7 +386,7 @@ class Orphans:
             self._move_in(connection, record)
             detail = {"replaced_object_key": known.sealed.object_key, "by": "an object that no row named"}
             self._audit.append(connection, event_of("instance.healed", record, detail=detail))
-            return "healed"
+            return "healed"  # a mark stays with it: by it the decision is followed as soon as the accepted one is found
         if mark is not None:
             return self._set_aside_in(connection, record, heard, mark.reason, at=mark.quarantined_at)
         if known is not None:

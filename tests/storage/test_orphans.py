@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.backup import back_up, restore
 from storage.errors import ConflictingInstance, InstanceNotFound, Unavailable
 from storage.keys import Ring
 from storage.objects import DirectoryStore, ObjectReader, ObjectStore
@@ -575,3 +576,58 @@ def test_what_an_operator_decided_stays_decided(either_house: House, houses: Bui
         assert (found.record.sealed, found.reason, found.quarantined_at) == (kept.record.sealed, kept.reason, kept.quarantined_at)
     assert [job.kind for job in again.queue.jobs_of(first.sop_instance_uid)] == [JobKind.ANALYSE]
     assert again.archive.quarantine().synchronise_marks() == 0
+
+
+def test_a_report_that_was_set_aside_stays_while_an_analysis_waits(houses: Build, house: House) -> None:
+    """An operator replaced its source, whose analysis is still to be done: the report of the former one is set aside, not deleted."""
+    first = photograph()
+    second = photograph(sop=first.sop_instance_uid, study=first.study_instance_uid, series=first.series_instance_uid)
+    house.ingest(first)
+    made = concluded(house, first)
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    house.archive.quarantine().accept(house.index.quarantined()[0].id, actor="operator", reason="the retake")
+    again = restored(houses, house)
+    swept = again.archive.orphans().sweep(grace=NOW)
+    assert [job.state for job in again.queue.jobs_of(first.sop_instance_uid)] == [JobState.READY]
+    assert (swept.adopted, swept.quarantined, swept.deleted) == (1, 2, 0)
+    assert {kept.record.summary.sop_instance_uid for kept in again.index.quarantined()} == {first.sop_instance_uid, made}
+    assert again.objects() == house.objects()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_decision_stays_though_what_was_set_aside_heals(houses: Build, house: House, *, together: bool) -> None:
+    """A backup, a healed object, a decision, a restore: the marked orphan takes the damaged one's place, and its mark stays with it.
+
+    By the mark the decision is followed: at once, or when the accepted one is found.
+    """
+    first = photograph()
+    second = photograph(sop=first.sop_instance_uid, study=first.study_instance_uid, series=first.series_instance_uid)
+    house.ingest(first)
+    back_up(house.folder.with_name("backup"), database=house.database, index=house.index, store=house.store, ring=house.ring)
+    damaged = house.index.find(first.sop_instance_uid)
+    path = house.folder / "objects" / damaged.sealed.object_key[:2] / damaged.sealed.object_key
+    path.write_bytes(path.read_bytes()[:-1])
+    left_behind(house, first)
+    assert house.archive.orphans().sweep(grace=NOW).healed == 1
+    with pytest.raises(ConflictingInstance):
+        house.ingest(second)
+    house.archive.quarantine().accept(house.index.quarantined()[0].id, actor="operator", reason="the retake")
+    accepted = house.index.find(first.sop_instance_uid)
+    marks = list(house.store.list_documents("quarantine/"))
+    again = restored(houses, house, store=house.store)
+    parts = {"index": again.index, "queue": again.queue, "store": again.store, "ring": again.ring}
+    restore(house.folder.with_name("backup"), database=again.database, **parts)  # type: ignore[arg-type]
+    path.unlink(missing_ok=True)  # the backup brought it back, and it rots again
+    if not together:
+        path = house.folder / "objects" / accepted.sealed.object_key[:2] / accepted.sealed.object_key
+        kept = shutil.move(path, house.folder / "kept")
+        assert again.archive.orphans().sweep(grace=NOW).healed == 1
+        assert again.archive.quarantine().synchronise_marks() == 0
+        assert again.read(first.sop_instance_uid) == first.data_set
+        shutil.move(kept, path)
+    again.archive.orphans().sweep(grace=NOW)
+    assert again.read(first.sop_instance_uid) == second.data_set
+    assert [one.record.sealed for one in again.index.quarantined()] == [one.record.sealed for one in house.index.quarantined()]
+    assert again.archive.quarantine().synchronise_marks() == 0
+    assert list(again.store.list_documents("quarantine/")) == marks
