@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.lying_s3 import LyingS3
 from tests.ports import free_port
 from tests.postgresql_server import PostgresqlServer, started
 from tests.system.running_node import START_S, RunningNode
@@ -91,13 +92,15 @@ def frozen(server: PostgresqlServer) -> Iterator[None]:
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_hung_database_does_not_keep_a_node_from_stopping(tmp_path: Path, *, alone: bool) -> None:
     """PostgreSQL takes statements and never answers: the node ends within node.drain_s and ten seconds, and says what did not end."""
-    with started(durable=False) as server:
+    with started(durable=False) as server, LyingS3() as s3:
         environ = {
             **QUIET,
+            "AWS_ACCESS_KEY_ID": "test-access-key",
+            "AWS_SECRET_ACCESS_KEY": "test-secret-key",
             "DICOM_NODE_DATABASE__URL": f"postgresql://node@127.0.0.1:{server.port}/postgres",
             "DICOM_NODE_ARCHIVE__STORE": "s3",
-            "DICOM_NODE_ARCHIVE__BUCKET": "nowhere",
-            "DICOM_NODE_ARCHIVE__ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
+            "DICOM_NODE_ARCHIVE__BUCKET": s3.bucket,
+            "DICOM_NODE_ARCHIVE__ENDPOINT_URL": s3.endpoint,
             "DICOM_NODE_ARCHIVE__REGION": "us-east-1",
         }
         node = RunningNode(tmp_path / "node", environ=environ)
