@@ -17,7 +17,7 @@ import pytest
 
 from storage.nodes import Incarnation
 from tests.system.cluster import Cluster, Load, crash_postgresql
-from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_bundles, quick_settings, running_pacs, send
+from tests.system.pacs import Pacs, await_reports, drawn, judge, quick_settings, send
 from tests.system.running_node import RunningNode
 from tests.system.services import Services, services
 
@@ -31,19 +31,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """S3, KMS and a PostgreSQL that may crash."""
     with services(tmp_path_factory.mktemp("services"), durable=True) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Quick ones."""
-    return quick_bundles(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture
-def pacs(tmp_path: Path) -> Iterator[Pacs]:
-    """A listening destination."""
-    with running_pacs(tmp_path / "pacs") as listening:
-        yield listening
 
 
 @pytest.fixture(autouse=True)
