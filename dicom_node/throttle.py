@@ -56,7 +56,7 @@ class Throttle:
             if beyond < 0:
                 return 0.0
             wait = min(self._patience.longest_s, 2.0 ** min(beyond, 30))
-            return max(0.0, failures.last + wait - self._clock())
+            return min(wait, max(0.0, failures.last + wait - self._clock()))  # the sum is rounded
 
     def failed(self, key: Hashable) -> None:
         """Count a failure. A key that did not fail for four times its longest wait begins anew."""

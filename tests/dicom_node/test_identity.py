@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -301,6 +301,7 @@ def test_many_associations_of_one_sender_at_once(identities: Identities, hashing
 
 
 @settings(max_examples=60, deadline=None)
+@example([(23.0, "fail")], 0, 1.9)
 @given(
     st.lists(st.tuples(st.floats(0, 200), st.sampled_from(["fail", "ask", "forget"])), max_size=60), st.integers(0, 5), st.floats(1, 100)
 )
