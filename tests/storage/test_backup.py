@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from storage.backup import back_up, newest, restore, restore_ring
+from storage.backup import BackedUp, back_up, newest, restore, restore_ring
 from storage.differences import differences
 from storage.errors import InstanceNotFound, IntegrityError, StorageError, Unavailable
 from storage.keys import Ring
@@ -25,7 +26,7 @@ NODE = "00000000000000aa"
 NEW_NODE = "00000000000000bb"
 
 
-def backed_up(house: House, folder: Path, **options: object) -> object:
+def backed_up(house: House, folder: Path, **options: Any) -> BackedUp:
     """Back a house up."""
     return back_up(
         folder,
@@ -34,7 +35,7 @@ def backed_up(house: House, folder: Path, **options: object) -> object:
         store=house.store,
         ring=house.ring,
         spool=house.archive._places.spool,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 
@@ -79,10 +80,10 @@ def test_only_what_is_new_is_copied(house: House, houses: Build, tmp_path: Path)
     start = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
     moments: list[Callable[[], datetime]] = [lambda number=number: start + timedelta(days=number) for number in range(3)]  # type: ignore[misc]
     made = backed_up(house, folder, clock=moments[0], keep=2)
-    assert (made.objects, made.copied, made.damaged) == (1, 1, [])  # type: ignore[attr-defined]
+    assert (made.objects, made.copied, made.damaged) == (1, 1, [])
     house.ingest(second)
     made = backed_up(house, folder, clock=moments[1], keep=2)
-    assert (made.objects, made.copied) == (2, 1)  # type: ignore[attr-defined]
+    assert (made.objects, made.copied) == (2, 1)
     house.archive.erasure().erase_study(first.study_instance_uid, actor="operator", reason="")
     backed_up(house, folder, clock=moments[2], keep=2)
     assert sorted(path.name for path in folder.glob("*.db")) == ["index-20260305T050607Z.db", "index-20260306T050607Z.db"]
@@ -105,9 +106,9 @@ def test_what_is_wrong_is_said(house: House, houses: Build, tmp_path: Path) -> N
     path = house.folder / "objects" / key[:2] / key
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    assert backed_up(house, folder).damaged == [key]  # type: ignore[attr-defined]
+    assert backed_up(house, folder).damaged == [key]
     path.write_bytes(content)
-    assert backed_up(house, folder).damaged == []  # type: ignore[attr-defined]
+    assert backed_up(house, folder).damaged == []
     with pytest.raises(Unavailable, match="no key ring"):
         restore_ring(folder, tmp_path / "ring.json")
     backed_up(house, folder, with_ring=True)
@@ -136,14 +137,14 @@ def test_what_rots_in_the_backup_is_copied_anew(house: House, tmp_path: Path) ->
 
     paths = [rot(key) for key in sorted(keys)]
     made = backed_up(house, folder, verify=True)
-    assert (made.copied, sorted(made.mended), made.damaged) == (3, sorted(keys), [])  # type: ignore[attr-defined]
+    assert (made.copied, sorted(made.mended), made.damaged) == (3, sorted(keys), [])
     rot(min(keys))
     mended: list[str] = []
     verified = 0
     for _ in range(16):
         made = backed_up(house, folder)
-        mended += made.mended  # type: ignore[attr-defined]
-        verified += made.verified  # type: ignore[attr-defined]
+        mended += made.mended
+        verified += made.verified
     assert (mended, verified) == ([min(keys)], 2)
     assert [path.read_bytes() for path in paths] == [(house.folder / "objects" / key[:2] / key).read_bytes() for key in sorted(keys)]
     assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o600}
@@ -159,10 +160,10 @@ def test_what_is_damaged_replaces_nothing(house: House, tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes()[:-1])
     content = copy.read_bytes()
     copy.write_bytes(content + b"longer")
-    assert backed_up(house, folder).damaged == [key]  # type: ignore[attr-defined]
+    assert backed_up(house, folder).damaged == [key]
     assert copy.read_bytes() == content + b"longer"
     copy.write_bytes(content)
-    assert backed_up(house, folder, verify=True).damaged == []  # type: ignore[attr-defined]
+    assert backed_up(house, folder, verify=True).damaged == []
 
 
 def test_an_erased_study_leaves_the_backup(house: House, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_an_erased_study_leaves_the_backup(house: House, tmp_path: Path) -> None
 
     def run(day: int) -> tuple[int, bool]:
         made = backed_up(house, folder, keep=2, clock=lambda: start + timedelta(days=day))
-        return made.removed, (folder / "objects" / gone[:2] / gone).exists()  # type: ignore[attr-defined]
+        return made.removed, (folder / "objects" / gone[:2] / gone).exists()
 
     assert run(0) == (0, True)
     house.ingest(stays)
@@ -184,7 +185,7 @@ def test_an_erased_study_leaves_the_backup(house: House, tmp_path: Path) -> None
     other = folder / "index-20260304T060000Z.db"
     other.write_bytes(b"no database of ours")
     made = backed_up(house, folder, keep=3, clock=lambda: start + timedelta(days=2))
-    assert (made.removed, (folder / "objects" / gone[:2] / gone).exists()) == (0, True)  # type: ignore[attr-defined]
+    assert (made.removed, (folder / "objects" / gone[:2] / gone).exists()) == (0, True)
     other.unlink(missing_ok=True)
     assert run(3) == (1, False)
     assert run(4) == (0, False)
@@ -237,7 +238,7 @@ def test_what_had_landed_on_the_lost_node(houses: Build, s3_store: ObjectStore, 
     house.ingest(stays)
     house.ingest(moved)
     made = concluded(house, stays)
-    assert backed_up(house, folder, with_ring=True).landed == 3  # type: ignore[attr-defined]
+    assert backed_up(house, folder, with_ring=True).landed == 3
     while (job := house.queue.claim(JobKind.ARCHIVE, owner="mover")) is not None:
         if job.sop_instance_uid == moved.sop_instance_uid:
             house.archive.bring(job)
